@@ -1,0 +1,31 @@
+/* clock.h - time, and the identifiers made from it. All durations are in milliseconds. */
+#ifndef EXTRACT_CLOCK_H
+#define EXTRACT_CLOCK_H
+
+#include <stdint.h>
+
+#define CLOCK_TEXT_SIZE 25 /* "2026-11-22T12:13:21.123Z" and NUL */
+#define UUID_TEXT_SIZE 37  /* 36 characters and NUL */
+
+/* Monotonic time: for deadlines and durations. */
+int64_t clock_monotonic_ms(void);
+/* Milliseconds since 1970-01-01 UTC: for rows that people read. */
+int64_t clock_wall_ms(void);
+/* Sleeps until the monotonic time given. Not cut short by signals. */
+void clock_sleep_until(int64_t monotonic_ms);
+
+/* ISO 8601 in UTC with milliseconds. */
+void clock_format(int64_t wall_ms, char out[CLOCK_TEXT_SIZE]);
+
+/* Milliseconds from wall_ms to the next midnight in America/Los_Angeles, where Google's quota day
+ * begins (https://ai.google.dev/gemini-api/docs/rate-limits). United States daylight saving time as
+ * it has been since 2007 (15 U.S.C. 260a): second Sunday of March to first Sunday of November, 02:00. */
+int64_t clock_ms_to_quota_day(int64_t wall_ms);
+
+/* Random bits from the kernel; never fails on Linux 3.17 and later. */
+uint64_t clock_random(void);
+
+/* A new UUIDv7 (RFC 9562 section 5.7): sorts by time, as index keys like it. */
+void uuid_v7(char out[UUID_TEXT_SIZE]);
+
+#endif

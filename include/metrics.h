@@ -1,0 +1,52 @@
+/* metrics.h - counters and gauges, summed over all processes of the pool.
+ *
+ * The processes share one small mapped file in runtime_dir, with a slot for each. A process claims a
+ * slot with a lock that the kernel drops when it dies; the next process that claims the slot goes on
+ * counting where the last one stopped, so that a sum over the slots never falls. Gauges of a slot
+ * that nobody holds do not count. */
+#ifndef EXTRACT_METRICS_H
+#define EXTRACT_METRICS_H
+
+#include <stdint.h>
+
+#include "buf.h"
+#include "err.h"
+
+enum metric {
+    /* one counter per outcome: METRIC_REQUESTS + enum err_code; ERR_NONE is success */
+    METRIC_REQUESTS,
+    METRIC_ATTEMPTS = METRIC_REQUESTS + ERR_CODE_COUNT, /* + enum retry_class */
+    METRIC_TOKENS_INPUT = METRIC_ATTEMPTS + 16,
+    METRIC_TOKENS_OUTPUT,
+    METRIC_TOKENS_THOUGHTS,
+    METRIC_TOKENS_CACHED,
+    METRIC_TOKENS_TOTAL,
+    METRIC_UNKNOWN_CALLS,
+    METRIC_GEMINI_MS, /* summed duration of all calls */
+    METRIC_STORE_BATCHES,
+    METRIC_STORE_ITEMS,
+    METRIC_STORE_MS,
+    METRIC_LOG_WRITTEN,
+    METRIC_LOG_DROPPED,
+    METRIC_UPLOAD_BYTES,
+    METRIC_UNSETTLED_ALARMS, /* usage that reached standard error only */
+    METRIC_COUNTERS_END,
+    /* gauges */
+    METRIC_IN_FLIGHT = METRIC_COUNTERS_END,
+    METRIC_QUEUED,
+    METRIC_HINT_WAITERS,
+    METRIC_WORKERS,
+    METRIC_COUNT
+};
+
+/* Maps runtime_dir/metrics and claims a slot. Errors: ERR_CONFIG (directory missing or not
+ * writable, all slots taken). Until then, and without it, the functions below count in private memory. */
+enum err_code metrics_open(const char *runtime_dir, struct err *err) MUST_CHECK;
+void metrics_close(void);
+
+void metrics_add(int metric, int64_t n);
+
+/* Appends the sums in the Prometheus text format. */
+void metrics_write(struct buf *out);
+
+#endif

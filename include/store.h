@@ -1,0 +1,255 @@
+/* store.h - where tokens, usage, retries and log entries are kept.
+ *
+ * One interface, whatever the driver: "sqlite" (embedded: one host, evaluation, tests) and, for
+ * production, SQL Server. What requests need at the same moment travels in one batch (batch.h); each
+ * item has an outcome of its own. All calls are safe from any thread, block no longer than
+ * store.query_timeout (plus the wait for a place in a batch), and keep no pointer past their return.
+ *
+ * Errors everywhere: ERR_STORE_UNAVAILABLE (not reached in time, or broken off: the outcome is
+ * unknown, the call may be repeated), ERR_STORAGE_FULL, ERR_BAD_VALUE (the data itself is refused),
+ * ERR_SCHEMA, ERR_INTERNAL. */
+#ifndef EXTRACT_STORE_H
+#define EXTRACT_STORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "clock.h"
+#include "config.h"
+#include "err.h"
+#include "log.h"
+#include "usage.h"
+
+#define STORE_TEXT_SIZE 257     /* names: 256 bytes and NUL */
+#define STORE_API_KEY_SIZE 1025 /* an API key, perhaps sealed, and NUL */
+
+struct store;
+
+/* Opens the store of the configuration. Sets the schema up where it is missing or older and
+ * store.auto_create allows it. Errors: ERR_SCHEMA (naming `extractctl migrate`), ERR_CONFIG, the above. */
+struct store *store_open(const struct config *config, struct err *err) MUST_CHECK;
+void store_close(struct store *store);
+
+/* Creates or upgrades the schema, whatever auto_create says. *version becomes the schema's version. */
+enum err_code store_migrate(const struct config *config, int *version, struct err *err) MUST_CHECK;
+
+/* Is the store reachable now? */
+enum err_code store_ping(struct store *store, struct err *err) MUST_CHECK;
+
+/* ---- acquire and settle: the two round trips of a request ---- */
+
+/* What a failed call tells about a token. */
+enum store_fault {
+    STORE_FAULT_NONE,
+    STORE_FAULT_COOLDOWN, /* usable again after cooldown_ms, by the store's clock */
+    STORE_FAULT_DISABLE,  /* Status Disabled, with the reason; not when three companies' tokens are
+                             at fault within a minute: then it cools for 10 minutes */
+    STORE_FAULT_EXCEED    /* Status Exceeded, with the reason */
+};
+
+struct store_token_fault {
+    enum store_fault fault;
+    int64_t cooldown_ms;
+    const char *reason; /* what Gemini said; goes to StatusReason; may be NULL */
+};
+
+struct store_exclusion {
+    int64_t token_id;
+    bool at_fault; /* false: merely tried already, it may serve again after a wait */
+};
+
+enum store_grant {
+    GRANT_TOKEN,       /* token_id, api_key and company_id are set and reserved */
+    GRANT_NO_TOKEN,    /* no token at all, or an unknown company */
+    GRANT_EXPIRED,     /* no Active token, the newest is Expired */
+    GRANT_UNAVAILABLE, /* the newest is Exceeded or Disabled; or used up; or all left are at fault */
+    GRANT_COOLING,     /* there is one, but not now: usable again after first_usable_ms */
+    GRANT_BUSY         /* room is only lacking because of reservations in flight */
+};
+
+/* One acquire: records the fault of the token before, closes (or keeps) its reservation, chooses
+ * and reserves the next. Idempotent on (request_id, sequence). */
+struct store_acquire {
+    /* in; borrowed until store_acquire returns */
+    const char *request_id;
+    int sequence; /* 1 for the first acquire of a request */
+    const char *company_id;
+    const char *branch;
+    const char *requested_by;
+    int64_t estimate_tokens;
+    int64_t expires_ms; /* after this long the reservation counts as that of a dead process */
+    uint64_t choice;    /* a random number: which of the usable tokens */
+    const struct store_exclusion *excluded;
+    size_t excluded_count;
+    int64_t previous_token_id; /* 0: none */
+    struct store_token_fault previous;
+    bool previous_spent;   /* its reservation stays open: a settlement will follow */
+    bool fallback_if_none; /* a known company without an Active token gets a reservation with
+                              token_id 0 for the fallback key */
+    bool fallback_only;    /* replayed from the outbox: only reserve for the fallback key */
+    /* out */
+    enum err_code code;
+    struct err err;
+    enum store_grant grant;
+    int64_t token_id; /* 0: reserved for the fallback key */
+    char api_key[STORE_API_KEY_SIZE];
+    char company_id_stored[STORE_TEXT_SIZE]; /* the store's spelling */
+    int64_t first_usable_ms;                 /* GRANT_COOLING */
+    bool busy_too; /* GRANT_COOLING: another token only lacks room for reservations in flight */
+    bool
+        disabling_stopped; /* the guard against disabling a fleet has just set in: log it, CRITICAL */
+};
+
+/* Returns acquire->code. Leaves a queue at deadline_ms (monotonic) with ERR_STORE_UNAVAILABLE. */
+enum err_code store_acquire(struct store *store, struct store_acquire *acquire,
+                            int64_t deadline_ms) MUST_CHECK;
+
+/* One settlement: what a request did with one token. Idempotent on (request_id, token_id).
+ *  request_count > 0            a usage row, the sums, the reservation is settled
+ *  else unknown_calls > 0       no row: the reservation becomes unsettled
+ *  else                         the reservation is released */
+struct store_settlement {
+    /* in; borrowed until store_settle returns */
+    const char *request_id;
+    int64_t token_id; /* 0: the fallback key; NULL in the rows */
+    const char *company_id;
+    const char *branch;
+    const char *requested_by;
+    const char *client_key_id; /* NULL: none */
+    const char *token_source;  /* "store" or "fallback" */
+    const char *model;         /* as Gemini named it; NULL: unknown */
+    struct usage usage;
+    int request_count; /* calls answered with usage */
+    int unknown_calls;
+    int64_t duration_ms;
+    int64_t logged_ms; /* wall time of the end of the request, for one that is settled later */
+    struct store_token_fault fault; /* where the last call showed one and no acquire followed */
+    /* out */
+    enum err_code code;
+    struct err err;
+    bool threshold_crossed; /* this settlement crossed it: log a WARNING */
+    bool exceeded;          /* this settlement reached the limit */
+    bool disabling_stopped;
+};
+
+/* Settles all; returns ERR_NONE where each one's code is ERR_NONE, else the first other code.
+ * What can't reach the store in time is journalled in the outbox, and that is ERR_NONE too; what not
+ * even the outbox takes goes to standard error as one line of JSON, and the reservation will become
+ * unsettled: ERR_STORAGE_FULL. */
+enum err_code store_settle(struct store *store, struct store_settlement *settlements, size_t count,
+                           int64_t deadline_ms) MUST_CHECK;
+
+/* Reserves for the fallback key while the store is away: durable in the outbox when it returns.
+ * Uses request_id, sequence, company_id, branch, requested_by, estimate_tokens and expires_ms.
+ * Errors: ERR_STORAGE_FULL. */
+enum err_code store_reserve_offline(struct store *store, const struct store_acquire *acquire,
+                                    struct err *err) MUST_CHECK;
+
+/* What the outbox holds. */
+struct store_outbox_status {
+    int64_t waiting;   /* entries that wait for the store */
+    int64_t dead;      /* entries that the store refused for good */
+    int64_t oldest_ms; /* age of the oldest that waits; 0: none */
+};
+
+enum err_code store_outbox_status(struct store *store, struct store_outbox_status *status,
+                                  struct err *err) MUST_CHECK;
+/* Replays what waits, now. *replayed: how many. Also done in the background every few seconds. */
+enum err_code store_outbox_drain(struct store *store, int64_t *replayed,
+                                 struct err *err) MUST_CHECK;
+
+/* ---- in the background ---- */
+
+struct store_retry_attempt {
+    int64_t token_id; /* 0: NULL */
+    int64_t wall_ms;
+    int attempt; /* 1 for the first call of the request */
+    bool is_retryable;
+    int status_code;  /* 0: NULL, no answer */
+    int64_t delay_ms; /* the wait that followed; 0: none */
+    char request_id[UUID_TEXT_SIZE];
+    char company_id[STORE_TEXT_SIZE];
+    char error_message[512];
+};
+
+/* Each array in one transaction. */
+enum err_code store_record(struct store *store, struct log_entry *const *entries,
+                           size_t entry_count, const struct store_retry_attempt *const *attempts,
+                           size_t attempt_count, struct err *err) MUST_CHECK;
+
+/* Reservations past their time (their process died) become unsettled, with an unknown call.
+ * *expired: how many. Any process may call it, about once a minute. */
+enum err_code store_expire_reservations(struct store *store, int *expired,
+                                        struct err *err) MUST_CHECK;
+
+/* ---- administration; each change writes an AuditLog row in the same transaction ---- */
+
+struct store_new_token {
+    const char *company_id;
+    const char *company_name; /* NULL: none */
+    const char *provider;     /* NULL: 'Gemini' */
+    const char *api_key;
+    int64_t limit;    /* -1: none */
+    double threshold; /* share of the limit, 0 < t <= 1; 0: the default 0.8 */
+};
+
+enum err_code store_token_add(struct store *store, const char *actor,
+                              const struct store_new_token *token, int64_t *token_id,
+                              struct err *err) MUST_CHECK;
+/* status: Active, Expired, Exceeded or Disabled. reason may be NULL. Active ends a cooldown.
+ * Errors here and below: ERR_NO_SUCH_ROW, ERR_BAD_VALUE. */
+enum err_code store_token_set_status(struct store *store, const char *actor, int64_t token_id,
+                                     const char *status, const char *reason,
+                                     struct err *err) MUST_CHECK;
+enum err_code store_token_set_key(struct store *store, const char *actor, int64_t token_id,
+                                  const char *api_key, struct err *err) MUST_CHECK;
+/* limit -1: none. threshold 0: unchanged. An Exceeded token with room again becomes Active. */
+enum err_code store_token_set_limit(struct store *store, const char *actor, int64_t token_id,
+                                    int64_t limit, double threshold, struct err *err) MUST_CHECK;
+
+/* ---- queries: what extractctl and the administration pages show ---- */
+
+enum store_view {
+    VIEW_TOKENS, /* vw_TokenStatus; the key only by its last four characters */
+    VIEW_USAGE_BY_DAY,
+    VIEW_USAGE_BY_BRANCH,
+    VIEW_USAGE_BY_USER,
+    VIEW_USAGE_BY_TOKEN,
+    VIEW_LOGS,
+    VIEW_ERRORS, /* ERROR and CRITICAL only */
+    VIEW_RETRIES,
+    VIEW_RESERVATIONS,     /* all that are open or unsettled */
+    VIEW_UNSETTLED,        /* vw_UnsettledRequests */
+    VIEW_TOKENS_BY_STATUS, /* status, count */
+    VIEW_AUDIT
+};
+
+/* Unset members: NULL, 0 or -1 as said. */
+struct store_filter {
+    const char *company_id;
+    const char *request_id;
+    int64_t since_ms;  /* wall time; 0: no bound */
+    int64_t until_ms;  /* 0: no bound */
+    int64_t before_id; /* rows with a smaller ID than this (paging); 0: from the newest */
+    int limit;         /* rows; 0: 1,000 */
+};
+
+enum store_type { STORE_NULL, STORE_INTEGER, STORE_REAL, STORE_TEXT };
+
+struct store_value {
+    enum store_type type;
+    int64_t integer;
+    double real;
+    const char *text; /* STORE_TEXT; times as ISO 8601 in UTC */
+};
+
+/* Called for each row; names and values are borrowed for the call. Return false to stop. */
+typedef bool store_row(void *context, size_t columns, const char *const *names,
+                       const struct store_value *values);
+
+enum err_code store_query(struct store *store, enum store_view view,
+                          const struct store_filter *filter, store_row *row, void *context,
+                          struct err *err) MUST_CHECK;
+
+#endif

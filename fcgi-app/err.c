@@ -1,0 +1,95 @@
+/* err.c - the table of errors: what a client is told, and whether it may try again. */
+#include "err.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#define FAILED "Failed to process invoice"
+
+/* The contract's table of errors, one row a code. Retry-After in seconds. */
+static const struct err_info table[ERR_CODE_COUNT] = {
+    [ERR_NONE] = {"success", 200, "OK", "", false, 0},
+    [ERR_TOKEN_EXPIRED] = {"token_expired", 403, "Token expired",
+                           "Your AI token has expired. Please renew your subscription.", false, 0},
+    [ERR_TOKEN_UNAVAILABLE] = {"token_unavailable", 403, "Token unavailable",
+                               "Your AI token is no longer available or has been disabled. "
+                               "Please contact support.",
+                               false, 0},
+    [ERR_NO_ACTIVE_TOKEN] = {"no_active_token", 403, "No active token",
+                             "No active token found for your company. Please contact support.",
+                             false, 0},
+    [ERR_INVALID_FILE] = {"invalid_file", 422, "Invalid file", FAILED, false, 0},
+    [ERR_UNSUPPORTED_MEDIA_TYPE] = {"unsupported_media_type", 415, "Unsupported media type", FAILED,
+                                    false, 0},
+    [ERR_BAD_REQUEST] = {"bad_request", 400, "Bad request", "The request is malformed.", false, 0},
+    [ERR_FILE_TOO_LARGE] = {"file_too_large", 413, "File too large", "The upload is too large.",
+                            false, 0},
+    [ERR_RATE_LIMITED] = {"rate_limited", 429, "Too many requests",
+                          "Too many requests. Please try again later.", true, 5},
+    [ERR_UPSTREAM_UNAVAILABLE] = {"upstream_unavailable", 502, "Upstream unavailable", FAILED, true,
+                                  30},
+    [ERR_UPSTREAM_REJECTED] = {"upstream_rejected", 502, "Upstream rejected", FAILED, false, 0},
+    [ERR_INVALID_ANSWER] = {"invalid_answer", 502, "Invalid answer", FAILED, true, 0},
+    [ERR_UPSTREAM_RATE_LIMITED] = {"upstream_rate_limited", 503, "Upstream rate limited",
+                                   "All AI tokens of your company are at their rate limit. "
+                                   "Please try again later.",
+                                   true, 60},
+    [ERR_TOKEN_BUSY] = {"token_busy", 503, "Token busy",
+                        "The rest of your token's limit is held by requests in progress. "
+                        "Please try again shortly.",
+                        true, 10},
+    [ERR_DEADLINE_EXCEEDED] = {"deadline_exceeded", 504, "Deadline exceeded",
+                               "The request took longer than its deadline allows.", true, 0},
+    [ERR_STORE_UNAVAILABLE] = {"store_unavailable", 503, "Store unavailable",
+                               "The token store cannot be reached. Please try again later.", true,
+                               10},
+    [ERR_STORAGE_FULL] = {"storage_full", 503, "Storage full",
+                          "Usage cannot be recorded at the moment. Please try again later.", true,
+                          60},
+    [ERR_OVERLOADED] = {"overloaded", 503, "Overloaded",
+                        "The service is busy. Please try again shortly.", true, 5},
+    [ERR_INTERNAL] = {"internal_error", 500, "Internal error", "An internal error occurred.", false,
+                      0},
+    [ERR_NOT_FOUND] = {"not_found", 404, "Not found", "There is nothing at this path.", false, 0},
+    [ERR_METHOD_NOT_ALLOWED] = {"method_not_allowed", 405, "Method not allowed",
+                                "This path does not support the method.", false, 0},
+    [ERR_CONFIG] = {"config", 500, "Configuration", "The configuration is wrong.", false, 0},
+    [ERR_NO_SUCH_ROW] = {"no_such_row", 500, "No such row", "There is no such row.", false, 0},
+    [ERR_BAD_VALUE] = {"bad_value", 500, "Bad value", "The store refuses the value.", false, 0},
+    [ERR_SCHEMA] = {"schema", 503, "Schema", "The schema does not fit this program.", false, 0},
+};
+
+const struct err_info *err_info(enum err_code code)
+{
+    if ((int)code < 0 || code >= ERR_CODE_COUNT || table[code].name == NULL)
+        code = ERR_INTERNAL;
+    return &table[code];
+}
+
+enum err_code err_set(struct err *err, enum err_code code, const char *format, ...)
+{
+    if (err != NULL) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(err->message, sizeof err->message, format, args);
+        va_end(args);
+        err->code = code;
+    }
+    return code;
+}
+
+enum err_code err_prefix(struct err *err, const char *format, ...)
+{
+    char prefix[sizeof err->message];
+    char whole[2 * sizeof err->message + 2];
+    va_list args;
+
+    va_start(args, format);
+    vsnprintf(prefix, sizeof prefix, format, args);
+    va_end(args);
+    snprintf(whole, sizeof whole, "%s: %s", prefix, err->message);
+    memcpy(err->message, whole, sizeof err->message - 1);
+    err->message[sizeof err->message - 1] = '\0';
+    return err->code;
+}

@@ -38,10 +38,11 @@ struct gemini_call {
 };
 
 struct gemini_answer {
-    struct retry_outcome outcome; /* text_ok is left false: whether text fits is invoice.h's matter */
-    struct buf text;              /* the candidate's text parts, joined, without thoughts */
+    struct retry_outcome
+        outcome;     /* text_ok is left false: whether text fits is invoice.h's matter */
+    struct buf text; /* the candidate's text parts, joined, without thoughts */
     char finish_reason[32];
-    char model[128];              /* modelVersion; empty where it was not said */
+    char model[128]; /* modelVersion; empty where it was not said */
     bool has_usage;
     struct usage usage;
     int64_t duration_ms;

@@ -25,12 +25,12 @@ struct log_entry {
     const char *request_id; /* NULL outside a request */
 };
 
-/* Takes the entry over: it frees it with free() when done. Called from any thread. */
+/* Takes the entry over: it frees it with free() when done. Called from any thread; must not log. */
 typedef void log_sink(struct log_entry *take_entry, void *context);
 
 /* Before any thread is started. */
 void log_set_level(enum log_level level);
-/* sink NULL: standard error. */
+/* sink NULL: standard error. Once it returns, nobody is inside the sink before any more. */
 void log_set_sink(log_sink *sink, void *context);
 
 const char *log_level_name(enum log_level level) __attribute__((returns_nonnull));
@@ -42,6 +42,12 @@ void log_to_stderr(const struct log_entry *entry);
 void log_write(enum log_level level, const char *file, int line, const char *function,
                const char *request_id, const char *exception, const char *format, ...)
     PRINTF_LIKE(7, 8);
+
+/* The entry that log_write would give to the sink, whatever the level: for sinks that have something
+ * to say themselves. The caller's, to free(). NULL without memory. */
+struct log_entry *log_entry_new(enum log_level level, const char *file, int line,
+                                const char *function, const char *request_id, const char *exception,
+                                const char *format, ...) PRINTF_LIKE(7, 8);
 
 #define LOG_AT(level, request_id, exception, ...) \
     log_write((level), __FILE__, __LINE__, __func__, (request_id), (exception), __VA_ARGS__)

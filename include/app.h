@@ -1,0 +1,30 @@
+/* app.h - what lives as long as the process, and what belongs to each worker thread. */
+#ifndef EXTRACT_APP_H
+#define EXTRACT_APP_H
+
+#include <stdatomic.h>
+
+#include "config.h"
+#include "gemini.h"
+#include "invoice.h"
+#include "record.h"
+#include "share.h"
+#include "store.h"
+
+struct app {
+    const struct config *config;
+    struct store *store;
+    struct recorder *recorder;
+    struct invoice_schema *schema;
+    struct gemini *gemini;
+    struct share *share;
+    char *fallback_key;    /* NULL: no fallback */
+    atomic_int long_waits; /* workers that wait on a rate limit's hint longer than max_delay */
+};
+
+struct worker {
+    struct app *app;
+    struct gemini_client *gemini;
+};
+
+#endif

@@ -1,0 +1,25 @@
+/* upload.h - the request body in memory, by whichever transport it comes.
+ *
+ * From FastCGI's stdin: into an unlinked spool (memfd below 1 MiB, a nameless file in
+ * server.state_dir above), mapped. By path (REQUEST_BODY_FILE): the web server's own file, opened
+ * only below server.body_file_dir and never through a symbolic link, mapped. Either way a request
+ * holds no copy in its own memory. */
+#ifndef EXTRACT_UPLOAD_H
+#define EXTRACT_UPLOAD_H
+
+#include "config.h"
+#include "request.h"
+
+struct upload {
+    const char *data;
+    size_t len;
+    void *map; /* NULL: nothing mapped */
+};
+
+/* Errors: ERR_BAD_REQUEST (no Content-Length, upload stopped half-way), ERR_FILE_TOO_LARGE,
+ * ERR_STORAGE_FULL (no room for the spool), ERR_INTERNAL (a path that is not allowed). */
+enum err_code upload_open(struct upload *upload, struct request *request,
+                          const struct config *config, struct err *err) MUST_CHECK;
+void upload_close(struct upload *upload);
+
+#endif

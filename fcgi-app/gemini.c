@@ -119,9 +119,8 @@ struct gemini *gemini_new(const struct config *config, const struct invoice_sche
     buf_init(&gemini->head, 4096);
     buf_init(&gemini->tail, 2 * MAX_PROMPT + 2 * MAX_PROMPT);
     gemini->share = curl_share_init();
-    if (gemini->share == NULL ||
-        asprintf(&gemini->url, "%s/v1beta/models/%s:generateContent", config->gemini.base_url,
-                 config->gemini.model) < 0) {
+    if (gemini->share == NULL || asprintf(&gemini->url, "%s/v1beta/models/%s:generateContent",
+                                          config->gemini.base_url, config->gemini.model) < 0) {
         gemini->url = NULL;
         err_set(err, ERR_INTERNAL, "out of memory");
         goto fail;
@@ -163,7 +162,8 @@ static void set_common_options(CURL *curl, const struct config *config)
                      strncasecmp(base, "http://", 7) == 0 ? "http" : "https");
     curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, 0L);
     curl_easy_setopt(curl, CURLOPT_NETRC, (long)CURL_NETRC_IGNORED);
-    curl_easy_setopt(curl, CURLOPT_PROXY, config->gemini.proxy); /* "": none, whatever the environment */
+    curl_easy_setopt(curl, CURLOPT_PROXY,
+                     config->gemini.proxy); /* "": none, whatever the environment */
     curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, (long)CURL_HTTP_VERSION_2TLS);
     curl_easy_setopt(curl, CURLOPT_SSLVERSION, (long)CURL_SSLVERSION_TLSv1_2);
     if (config->gemini.ca_file[0] != '\0')
@@ -228,8 +228,8 @@ static int64_t body_size(const struct gemini *gemini, const struct gemini_call *
 }
 
 /* Copies from a piece that begins at *begin of the body what is wanted now; moves *begin past it. */
-static size_t copy_piece(struct body *body, int64_t *begin, const char *piece, size_t len, char *out,
-                         size_t room)
+static size_t copy_piece(struct body *body, int64_t *begin, const char *piece, size_t len,
+                         char *out, size_t room)
 {
     int64_t offset = body->at - *begin;
     size_t n = 0;
@@ -591,8 +591,8 @@ enum err_code gemini_probe(const struct config *config, char *detail, size_t det
     CURLcode result = curl_easy_perform(curl);
     if (result == CURLE_OK) {
         curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &status);
-        snprintf(detail, detail_size, "%s answers (HTTP %ld without a key)", config->gemini.base_url,
-                 status);
+        snprintf(detail, detail_size, "%s answers (HTTP %ld without a key)",
+                 config->gemini.base_url, status);
     } else {
         code = err_set(err, ERR_UPSTREAM_UNAVAILABLE, "%s: %s", config->gemini.base_url,
                        why[0] != '\0' ? why : curl_easy_strerror(result));

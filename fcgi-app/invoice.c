@@ -69,13 +69,14 @@ struct invoice_schema *invoice_schema_load(const struct config *config, struct e
         return NULL;
     }
     buf_init(&schema->text, MAX_SCHEMA);
-    schema->root = path[0] != '\0' ? schema_file(path, err) : json_tokener_parse(embed_invoice_schema);
+    schema->root =
+        path[0] != '\0' ? schema_file(path, err) : json_tokener_parse(embed_invoice_schema);
     if (schema->root == NULL) {
         free(schema);
         return NULL;
     }
-    buf_append_str(&schema->text, json_object_to_json_string_ext(
-                                      schema->root, JSON_C_TO_STRING_NOSLASHESCAPE));
+    buf_append_str(&schema->text,
+                   json_object_to_json_string_ext(schema->root, JSON_C_TO_STRING_NOSLASHESCAPE));
     return schema;
 }
 
@@ -144,9 +145,8 @@ static bool allows(json_object *schema, const char *type)
         return true;
     if (json_object_is_type(types, json_type_string))
         return strcmp(json_object_get_string(types), type) == 0;
-    for (size_t i = 0; json_object_is_type(types, json_type_array) &&
-                       i < json_object_array_length(types);
-         i++)
+    for (size_t i = 0;
+         json_object_is_type(types, json_type_array) && i < json_object_array_length(types); i++)
         if (strcmp(json_object_get_string(json_object_array_get_idx(types, i)), type) == 0)
             return true;
     return false;
@@ -173,10 +173,12 @@ static bool fits(json_object *schema, json_object *value)
     return false;
 }
 
-static json_object *shape_value(struct shaping *s, json_object *schema, json_object *value, int depth);
+static json_object *shape_value(struct shaping *s, json_object *schema, json_object *value,
+                                int depth);
 
 /* A copy of the object with the fields that the schema knows, in the answer's order. */
-static json_object *shape_object(struct shaping *s, json_object *schema, json_object *object, int depth)
+static json_object *shape_object(struct shaping *s, json_object *schema, json_object *object,
+                                 int depth)
 {
     json_object *properties, *shaped = json_object_new_object();
     bool known = json_object_object_get_ex(schema, "properties", &properties);
@@ -196,7 +198,8 @@ static json_object *shape_object(struct shaping *s, json_object *schema, json_ob
     return shaped;
 }
 
-static json_object *shape_array(struct shaping *s, json_object *schema, json_object *array, int depth)
+static json_object *shape_array(struct shaping *s, json_object *schema, json_object *array,
+                                int depth)
 {
     json_object *items = NULL, *shaped = json_object_new_array();
     char index[24];
@@ -214,7 +217,8 @@ static json_object *shape_array(struct shaping *s, json_object *schema, json_obj
 }
 
 /* Returns a new reference; NULL is JSON's null. A NULL schema allows all. */
-static json_object *shape_value(struct shaping *s, json_object *schema, json_object *value, int depth)
+static json_object *shape_value(struct shaping *s, json_object *schema, json_object *value,
+                                int depth)
 {
     if (value == NULL)
         return NULL;

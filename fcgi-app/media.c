@@ -118,7 +118,8 @@ static enum brand find_brand(const unsigned char *data, size_t len)
 }
 
 /* NULL for a sound file of a kind that Gemini reads; else what is wrong. *known: is it such a kind? */
-static const char *examine(const unsigned char *data, size_t len, enum media_kind *kind, bool *known)
+static const char *examine(const unsigned char *data, size_t len, enum media_kind *kind,
+                           bool *known)
 {
     *known = true;
     if (len == 0)

@@ -35,7 +35,8 @@ static void skip_blanks(struct span *s)
 /* A token's end: what RFC 2045 calls tspecials, blanks and controls end it. */
 static bool is_token_char(char c)
 {
-    return (unsigned char)c > ' ' && (unsigned char)c != 0x7F && strchr("()<>@,;:\\\"/[]?=", c) == NULL;
+    return (unsigned char)c > ' ' && (unsigned char)c != 0x7F &&
+           strchr("()<>@,;:\\\"/[]?=", c) == NULL;
 }
 
 /* A quoted string after its opening quote. Browsers write %22 for a quote and keep backslashes as
@@ -149,7 +150,8 @@ static enum err_code find_boundary(const char *content_type, char *boundary, siz
 static enum err_code read_header(struct span line, struct arena *arena, struct multipart_part *part,
                                  struct err *err)
 {
-    static const char disposition[] = "content-disposition:", encoding[] = "content-transfer-encoding:";
+    static const char disposition[] = "content-disposition:",
+                      encoding[] = "content-transfer-encoding:";
     char type[64], name[257];
     bool found;
 
@@ -248,8 +250,9 @@ enum err_code multipart_parse(struct arena *arena, const char *content_type, con
         /* An empty part's CRLF may be the one that ended its header. */
         const char *end = memmem(s.at - 2, left(&s) + 2, delimiter, n);
         if (end == NULL)
-            return err_set(err, ERR_BAD_REQUEST,
-                           "The form ends before its closing boundary: the upload is not complete.");
+            return err_set(
+                err, ERR_BAD_REQUEST,
+                "The form ends before its closing boundary: the upload is not complete.");
         part->data = s.at;
         part->len = end < s.at ? 0 : (size_t)(end - s.at);
         s.at = end + n;

@@ -8,23 +8,22 @@
 
 #include "clock.h"
 
+/* clang-format off */
 static const struct retry_rule rules[RETRY_CLASS_COUNT] = {
-    /* class                  name             action           token                         final */
-    [RETRY_SUCCESS] = {"success", RETRY_DONE, RETRY_TOKEN_KEEPS, ERR_NONE},
-    [RETRY_TRANSIENT] = {"transient", RETRY_SAME, RETRY_TOKEN_KEEPS, ERR_UPSTREAM_UNAVAILABLE},
-    [RETRY_RATE_LIMITED] = {"rate_limited", RETRY_OTHER, RETRY_TOKEN_COOLS_HINT,
-                            ERR_UPSTREAM_RATE_LIMITED},
-    [RETRY_DAILY_QUOTA] = {"daily_quota", RETRY_OTHER, RETRY_TOKEN_COOLS_QUOTA_DAY,
-                           ERR_UPSTREAM_RATE_LIMITED},
-    [RETRY_KEY_INVALID] = {"key_invalid", RETRY_OTHER, RETRY_TOKEN_DISABLED, ERR_TOKEN_UNAVAILABLE},
-    [RETRY_KEY_DOUBTFUL] = {"key_doubtful", RETRY_OTHER, RETRY_TOKEN_COOLS_10_MIN,
-                            ERR_UPSTREAM_RATE_LIMITED},
-    [RETRY_KEY_USED_UP] = {"key_used_up", RETRY_OTHER, RETRY_TOKEN_EXCEEDED, ERR_TOKEN_UNAVAILABLE},
-    [RETRY_INVALID_INPUT] = {"invalid_input", RETRY_STOP, RETRY_TOKEN_KEEPS, ERR_INVALID_FILE},
-    [RETRY_REJECTED] = {"rejected", RETRY_STOP, RETRY_TOKEN_KEEPS, ERR_UPSTREAM_REJECTED},
-    [RETRY_NO_ANSWER] = {"no_answer", RETRY_STOP, RETRY_TOKEN_KEEPS, ERR_INVALID_FILE},
-    [RETRY_BAD_TEXT] = {"bad_text", RETRY_SAME_ONCE, RETRY_TOKEN_KEEPS, ERR_INVALID_ANSWER},
+    /*                       name             action           the token                    told in the end            retryable */
+    [RETRY_SUCCESS]       = {"success",       RETRY_DONE,      RETRY_TOKEN_KEEPS,           ERR_NONE,                  false},
+    [RETRY_TRANSIENT]     = {"transient",     RETRY_SAME,      RETRY_TOKEN_KEEPS,           ERR_UPSTREAM_UNAVAILABLE,  true},
+    [RETRY_RATE_LIMITED]  = {"rate_limited",  RETRY_OTHER,     RETRY_TOKEN_COOLS_HINT,      ERR_UPSTREAM_RATE_LIMITED, true},
+    [RETRY_DAILY_QUOTA]   = {"daily_quota",   RETRY_OTHER,     RETRY_TOKEN_COOLS_QUOTA_DAY, ERR_UPSTREAM_RATE_LIMITED, false},
+    [RETRY_KEY_INVALID]   = {"key_invalid",   RETRY_OTHER,     RETRY_TOKEN_DISABLED,        ERR_TOKEN_UNAVAILABLE,     false},
+    [RETRY_KEY_DOUBTFUL]  = {"key_doubtful",  RETRY_OTHER,     RETRY_TOKEN_COOLS_10_MIN,    ERR_UPSTREAM_RATE_LIMITED, false},
+    [RETRY_KEY_USED_UP]   = {"key_used_up",   RETRY_OTHER,     RETRY_TOKEN_EXCEEDED,        ERR_TOKEN_UNAVAILABLE,     false},
+    [RETRY_INVALID_INPUT] = {"invalid_input", RETRY_STOP,      RETRY_TOKEN_KEEPS,           ERR_INVALID_FILE,          false},
+    [RETRY_REJECTED]      = {"rejected",      RETRY_STOP,      RETRY_TOKEN_KEEPS,           ERR_UPSTREAM_REJECTED,     false},
+    [RETRY_NO_ANSWER]     = {"no_answer",     RETRY_STOP,      RETRY_TOKEN_KEEPS,           ERR_INVALID_FILE,          false},
+    [RETRY_BAD_TEXT]      = {"bad_text",      RETRY_SAME_ONCE, RETRY_TOKEN_KEEPS,           ERR_INVALID_ANSWER,        true},
 };
+/* clang-format on */
 
 /* Does Google itself say that the key is bad? Only its JSON counts: a proxy's 403 must not disable
  * a token. */

@@ -15,7 +15,9 @@ struct recorder;
 /* Starts the thread. The caller points the log at it: log_set_sink(recorder_log, recorder). */
 struct recorder *recorder_start(struct store *store, struct err *err) MUST_CHECK;
 
-/* Writes what is left, at most timeout_ms long, the rest to standard error; ends the thread. */
+/* Points the log at standard error again; writes what is left, the rest to standard error once
+ * timeout_ms is over (one call to the store that is under way is waited for); ends the thread and
+ * frees the recorder. Nobody may be in recorder_retry or recorder_flush any more. */
 void recorder_stop(struct recorder *recorder, int64_t timeout_ms);
 
 /* A log_sink. */

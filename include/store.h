@@ -29,6 +29,15 @@ struct store;
 /* Opens the store of the configuration. Sets the schema up where it is missing or older and
  * store.auto_create allows it. Errors: ERR_SCHEMA (naming `extractctl migrate`), ERR_CONFIG, the above. */
 struct store *store_open(const struct config *config, struct err *err) MUST_CHECK;
+/* The same with a driver of the caller's (store_driver.h): for tests. */
+struct store_driver;
+struct store *store_open_with(const struct store_driver *driver, const struct config *config,
+                              struct err *err) MUST_CHECK;
+/* What a service does beside its requests: replays the outbox every few seconds, expires
+ * reservations every minute, in a thread that store_close ends. Opens the outbox now, which is
+ * otherwise opened when it is first needed: a tool works without a state_dir that it can write.
+ * Errors: ERR_CONFIG (server.state_dir), ERR_STORAGE_FULL, ERR_INTERNAL. */
+enum err_code store_start_background(struct store *store, struct err *err) MUST_CHECK;
 void store_close(struct store *store);
 
 /* Creates or upgrades the schema, whatever auto_create says. *version becomes the schema's version. */
@@ -153,6 +162,7 @@ struct store_outbox_status {
     int64_t oldest_ms; /* age of the oldest that waits; 0: none */
 };
 
+/* An outbox that does not exist yet is empty, and stays so: neither call creates it. */
 enum err_code store_outbox_status(struct store *store, struct store_outbox_status *status,
                                   struct err *err) MUST_CHECK;
 /* Replays what waits, now. *replayed: how many. Also done in the background every few seconds. */

@@ -1,0 +1,42 @@
+/* health.c - GET /healthz, /readyz and /metrics. See health.h. */
+#include "health.h"
+
+#include "metrics.h"
+
+void health_live(struct app *app, struct request *request, struct response *response)
+{
+    (void)app;
+    (void)request;
+    buf_append_str(&response->body, "{\"status\": \"ok\"}");
+}
+
+void health_ready(struct app *app, struct request *request, struct response *response)
+{
+    struct store_outbox_status outbox = {0};
+    struct err err = {0}, ignored = {0};
+    bool store = store_ping(app->store, &err) == ERR_NONE;
+    bool outbox_ok = store_outbox_status(app->store, &outbox, &ignored) == ERR_NONE;
+    bool fallback = app->fallback_key != NULL && outbox_ok &&
+                    app->config->fallback.when == FALLBACK_STORE_UNAVAILABLE;
+
+    if (!store && !fallback) {
+        response_problem(response, request, ERR_STORE_UNAVAILABLE, NULL, 0, false);
+        return;
+    }
+    buf_printf(
+        &response->body,
+        "{\"status\": \"ok\", \"store\": \"%s\", \"fallback\": %s, \"outbox\": {\"usable\": %s, "
+        "\"waiting\": %lld, \"dead\": %lld, \"oldest_seconds\": %lld}}",
+        store ? "reachable" : "unreachable", fallback ? "true" : "false",
+        outbox_ok ? "true" : "false", (long long)outbox.waiting, (long long)outbox.dead,
+        (long long)outbox.oldest_ms / 1000);
+}
+
+void health_metrics(struct app *app, struct request *request, struct response *response)
+{
+    (void)app;
+    response->content_type = "text/plain; version=0.0.4; charset=utf-8";
+    metrics_write(&response->body);
+    if (!buf_ok(&response->body))
+        response_problem(response, request, ERR_INTERNAL, NULL, 0, false);
+}

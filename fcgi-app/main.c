@@ -1,0 +1,193 @@
+/* main.c - extract-fcgi: start, signals, drain, end.
+ *
+ * SIGTERM and SIGINT are blocked in every thread and taken by one of their own, since libfcgi's reads
+ * and writes are not safe against interruption: it writes to an eventfd, at which the acceptor stops
+ * and the rest finishes what it has. */
+#include <getopt.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "app.h"
+#include "clock.h"
+#include "fallback.h"
+#include "log.h"
+#include "metrics.h"
+#include "server.h"
+
+#define EXIT_USAGE 2
+
+/* How long the recorder may take in the end to write what is left. */
+#define FLUSH_MS 10000
+
+static int usage(FILE *out)
+{
+    fputs("usage: extract-fcgi [--config FILE] [--check-config] [--version] [--help]\n"
+          "\n"
+          "Serves POST /extract by FastCGI on the listening socket at file descriptor 0, as "
+          "systemd,\n"
+          "spawn-fcgi and multiwatch give it:\n"
+          "\n"
+          "    spawn-fcgi -n -s /run/extract-fcgi/pool.sock -- multiwatch -f 4 -- extract-fcgi\n"
+          "\n"
+          "  --config FILE    configuration (default: EXTRACT_CONFIG, else " CONFIG_DEFAULT_FILE
+          ")\n"
+          "  --check-config   print what it would run with, secrets masked, and exit\n"
+          "  --version        print the version and exit\n"
+          "\n"
+          "Each key is also an environment variable: [server] threads is EXTRACT_SERVER_THREADS.\n",
+          out);
+    return out == stdout ? EXIT_SUCCESS : EXIT_USAGE;
+}
+
+/* Waits for SIGTERM or SIGINT, then starts the drain. A thread's main. */
+static void *wait_for_signal(void *argument)
+{
+    const int *drain_fd = argument;
+    sigset_t set;
+    int number;
+
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    while (sigwait(&set, &number) != 0)
+        ;
+    eventfd_write(*drain_fd, 1);
+    return NULL;
+}
+
+/* Before any thread: SIGTERM and SIGINT for the signal thread alone; libfcgi's own SIGUSR1 and a
+ * terminal's SIGHUP mean nothing here; a peer that is gone is an error of a write. */
+static void block_signals(void)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGUSR1);
+    sigaddset(&set, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+static enum err_code open_app(struct app *app, struct err *err)
+{
+    const struct config *config = app->config;
+    int most = (int)(config->server.company_share * config->server.threads);
+
+    if (metrics_open(config->server.runtime_dir, err) != ERR_NONE)
+        return err->code;
+    if (access(config->server.state_dir, R_OK | W_OK | X_OK) != 0)
+        return err_set(err, ERR_CONFIG,
+                       "server.state_dir: %s must be a directory that this user may "
+                       "write to",
+                       config->server.state_dir);
+    if (config->fallback.key_file[0] != '\0' &&
+        fallback_load(config->fallback.key_file, &app->fallback_key, err) != ERR_NONE)
+        return err->code;
+    if ((app->schema = invoice_schema_load(config, err)) == NULL ||
+        (app->gemini = gemini_new(config, app->schema, err)) == NULL ||
+        (app->store = store_open(config, err)) == NULL ||
+        (app->recorder = recorder_start(app->store, err)) == NULL)
+        return err->code;
+    if (config->log.sink == SINK_STORE)
+        log_set_sink(recorder_log, app->recorder);
+    if ((app->share = share_new(most)) == NULL)
+        return err_set(err, ERR_INTERNAL, "out of memory");
+    return ERR_NONE;
+}
+
+static void close_app(struct app *app)
+{
+    if (app->recorder != NULL) {
+        log_set_sink(NULL, NULL);
+        recorder_stop(app->recorder, FLUSH_MS);
+    }
+    store_close(app->store);
+    gemini_free(app->gemini);
+    invoice_schema_free(app->schema);
+    share_free(app->share);
+    if (app->fallback_key != NULL)
+        explicit_bzero(app->fallback_key, strlen(app->fallback_key));
+    free(app->fallback_key);
+    metrics_close();
+}
+
+static enum err_code serve(const struct config *config, struct err *err)
+{
+    struct app app = {.config = config};
+    pthread_t signals;
+    int drain_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    enum err_code code = server_check(err);
+
+    if (code == ERR_NONE)
+        code = open_app(&app, err);
+    if (code == ERR_NONE &&
+        (drain_fd < 0 || pthread_create(&signals, NULL, wait_for_signal, &drain_fd)))
+        code = err_set(err, ERR_INTERNAL, "the signal thread cannot be started");
+    if (code == ERR_NONE) {
+        log_info(NULL, "started: pid=%ld version=%s workers=%d store=%s", (long)getpid(),
+                 EXTRACT_VERSION, config->server.threads,
+                 config->store.driver == DRIVER_MSSQL ? "mssql" : "sqlite");
+        code = server_run(&app, drain_fd, err);
+        pthread_kill(signals, SIGTERM); /* where the server ended by itself */
+        pthread_join(signals, NULL);
+        log_info(NULL, "stopped: pid=%ld", (long)getpid());
+    }
+    close_app(&app);
+    close(drain_fd);
+    return code;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option options[] = {{"config", required_argument, NULL, 'c'},
+                                            {"check-config", no_argument, NULL, 'k'},
+                                            {"version", no_argument, NULL, 'v'},
+                                            {"help", no_argument, NULL, 'h'},
+                                            {0}};
+    const char *path = NULL;
+    bool check = false;
+    struct err err = {0};
+    int option;
+
+    while ((option = getopt_long(argc, argv, "c:h", options, NULL)) != -1) {
+        switch (option) {
+        case 'c':
+            path = optarg;
+            break;
+        case 'k':
+            check = true;
+            break;
+        case 'v':
+            puts("extract-fcgi " EXTRACT_VERSION);
+            return EXIT_SUCCESS;
+        case 'h':
+            return usage(stdout);
+        default:
+            return usage(stderr);
+        }
+    }
+    if (optind < argc)
+        return usage(stderr);
+
+    block_signals();
+    unsetenv("SSLKEYLOGFILE"); /* TLS secrets go nowhere */
+    struct config *config = config_load(path, &err);
+    if (config != NULL && check) {
+        config_print(config, stdout);
+    } else if (config != NULL) {
+        log_set_level(config->log.level);
+        if (serve(config, &err) == ERR_NONE)
+            err.code = ERR_NONE;
+    }
+    if (err.code != ERR_NONE)
+        fprintf(stderr, "extract-fcgi: %s\n", err.message);
+    config_free(config);
+    return err.code == ERR_NONE ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,32 @@
+/* table.h - rows of the store, for people (aligned columns) or for machines (JSON).
+ *
+ * Rows are gathered first, since the width of a column is known only after the last one. */
+#ifndef EXTRACT_TABLE_H
+#define EXTRACT_TABLE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdio.h>
+
+#include "err.h"
+#include "store.h"
+
+struct table;
+
+/* NULL without memory. */
+struct table *table_new(void) MUST_CHECK;
+void table_free(struct table *table);
+
+/* Copies a row; a store_row, for store_query. All rows have the columns of the first one.
+ * False, and a table that cannot be printed, without memory. */
+bool table_row(void *table, size_t columns, const char *const *names,
+               const struct store_value *values);
+
+size_t table_rows(const struct table *table);
+
+/* People: a line of names, then a line a row, numbers to the right, NULL as "-", what would disturb
+ * a terminal escaped, columns aligned by the width of their characters. JSON: one array with an
+ * object a row. False when the rows could not be held or written. */
+bool table_print(const struct table *table, bool json, FILE *out) MUST_CHECK;
+
+#endif

@@ -366,8 +366,9 @@ static bool has_idle_worker(struct server *server)
     return idle;
 }
 
-/* Accepts all that waits, or, where one connection is all that an idle worker can take, that one. */
-static void accept_waiting(struct server *server)
+/* Accepts what waits: as long as there is an idle worker for it, or, where others have been let go
+ * first, all of it. */
+static void accept_waiting(struct server *server, bool all)
 {
     for (;;) {
         struct slot *slot = take_free(server);
@@ -383,7 +384,7 @@ static void accept_waiting(struct server *server)
         }
         dispatch(server, slot);
         struct pollfd drain = {.fd = server->drain_fd, .events = POLLIN};
-        if (poll(&drain, 1, 0) > 0)
+        if ((!all && !has_idle_worker(server)) || poll(&drain, 1, 0) > 0)
             return;
     }
 }
@@ -405,7 +406,7 @@ static void accept_until_drain(struct server *server)
         if (n > 0 && event.data.fd == server->drain_fd)
             return;
         if (n > 0)
-            accept_waiting(server);
+            accept_waiting(server, !idle);
     }
 }
 

@@ -1,57 +1,131 @@
 # extract-fcgi: `make help` lists the targets.
 #
-# BUILD=dir builds elsewhere; SANITIZE=address,undefined or SANITIZE=thread builds with sanitizers;
-# CC=clang works too; WERROR=1 makes warnings errors, as CI does.
+#   BUILD=dir                      builds elsewhere
+#   SANITIZE=address,undefined     with sanitizers; SANITIZE=thread too
+#   CC=clang  WERROR=1             another compiler; warnings are errors, as in CI
 
 BUILD    ?= build
 SANITIZE ?=
 WERROR   ?=
-prefix   ?= /usr/local
-sbindir  ?= $(prefix)/sbin
-bindir   ?= $(prefix)/bin
-DESTDIR  ?=
 VERSION  := 0.1.0
 
-PACKAGES := fcgi libcurl json-c inih sqlite3 libcrypto
-WARNINGS := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes \
-            -Wmissing-prototypes -Wvla -Wundef -Wwrite-strings $(if $(WERROR),-Werror)
-HARDEN   := -fstack-protector-strong -fstack-clash-protection -fcf-protection -fPIE
-SANFLAGS := $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-omit-frame-pointer)
-CFLAGS   ?= -O2 -g
-CPPFLAGS += -D_GNU_SOURCE -DEXTRACT_VERSION='"$(VERSION)"' -Iinclude -I. \
-            $(if $(SANITIZE),,-D_FORTIFY_SOURCE=3) $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
-ALL_CFLAGS = -std=c17 $(WARNINGS) $(HARDEN) $(SANFLAGS) -pthread $(CFLAGS)
-LDFLAGS  += -pie -Wl,-z,relro,-z,now $(SANFLAGS) -pthread
-LDLIBS   := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null) -lunistring -lm
+prefix     ?= /usr/local
+bindir     ?= $(prefix)/bin
+sbindir    ?= $(prefix)/sbin
+datadir    ?= $(prefix)/share
+sysconfdir ?= $(if $(filter /usr,$(prefix)),/etc,$(prefix)/etc)
+DESTDIR    ?=
+
+LIBRARIES := fcgi libcurl json-c inih sqlite3 libcrypto
+WARNINGS  := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes \
+             -Wmissing-prototypes -Wvla -Wundef -Wwrite-strings $(if $(WERROR),-Werror)
+HARDENING := -fstack-protector-strong -fstack-clash-protection -fcf-protection -fPIE \
+             $(if $(SANITIZE),,-D_FORTIFY_SOURCE=3)
+SANITIZER := $(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
+CFLAGS    ?= -O2 -g
+CPPFLAGS  += -D_GNU_SOURCE -DEXTRACT_VERSION='"$(VERSION)"' -Iinclude $(shell pkg-config --cflags $(LIBRARIES))
+COMPILE    = $(CC) -std=c17 $(CPPFLAGS) $(WARNINGS) $(HARDENING) $(SANITIZER) -pthread $(CFLAGS)
+LINK       = $(CC) $(SANITIZER) -pthread -pie -Wl,-z,relro,-z,now $(LDFLAGS)
+LDLIBS    += $(shell pkg-config --libs $(LIBRARIES)) -lunistring -lm
 
 SOURCES  := $(wildcard fcgi-app/*.c)
 PROGRAMS := extract-fcgi extractctl
-COMMON   := $(filter-out fcgi-app/main.c fcgi-app/extractctl.c,$(SOURCES))
-OBJECTS   = $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o
+MAINS    := fcgi-app/main.c fcgi-app/extractctl.c
+OBJECTS  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAINS),$(SOURCES))) $(BUILD)/fcgi-app/embed.o
+EMBEDDED := fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql
+UNITS    := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
+PYTEST   := PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -p no:cacheprovider
+
+# What Debian 12 calls what is needed: to build, to run and to test.
+BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
+                  libsqlite3-dev libssl-dev libunistring-dev
+RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
+TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm
+LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
+
+.DELETE_ON_ERROR:
 
 all: $(PROGRAMS:%=$(BUILD)/%) ## Build extract-fcgi and extractctl into build/
 
 $(BUILD)/extract-fcgi: $(BUILD)/fcgi-app/main.o $(OBJECTS)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	$(LINK) -o $@ $^ $(LDLIBS)
 
 $(BUILD)/extractctl: $(BUILD)/fcgi-app/extractctl.o $(OBJECTS)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	$(LINK) -o $@ $^ $(LDLIBS)
 
 $(BUILD)/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
+	$(COMPILE) -MMD -MP -c -o $@ $<
 
-# The prompt, the schemas: compiled in as they are.
-$(BUILD)/fcgi-app/embed.o: fcgi-app/embed.S fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql
+$(BUILD)/fcgi-app/embed.o: fcgi-app/embed.S $(EMBEDDED)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) -fPIE -c -o $@ $<
+	$(CC) -fPIE -c -o $@ $<
 
--include $(SOURCES:%.c=$(BUILD)/%.d)
+$(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(OBJECTS)
+	$(LINK) -o $@ $^ $(LDLIBS) -lcmocka
+
+-include $(wildcard $(BUILD)/fcgi-app/*.d $(BUILD)/tests/unit/*.d)
+
+deps: ## Install what building and running need (Debian 12; root or sudo)
+	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES)
+
+deps-check: ## Install what the tests need, too
+	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES) $(TEST_PACKAGES)
+
+deps-lint:
+	@tests/install-packages $(BUILD_PACKAGES) $(TEST_PACKAGES) $(LINT_PACKAGES)
+
+run: ## Install, build, start everything on https://localhost:8443, extract a sample; until Ctrl-C
+	@$(MAKE) --no-print-directory deps
+	@$(MAKE) --no-print-directory -j2 all
+	@BUILD=$(BUILD) tests/demo
+
+demo: ## The same without staying: exit 0 only if the extraction succeeded
+	@$(MAKE) --no-print-directory deps
+	@$(MAKE) --no-print-directory -j2 all
+	@BUILD=$(BUILD) tests/demo --once
+
+check: ## Install what tests need, build, run all tests
+	@$(MAKE) --no-print-directory deps-check
+	@$(MAKE) --no-print-directory -j2 all $(UNITS)
+	@$(MAKE) --no-print-directory check-unit check-emulator check-e2e
+
+check-unit: $(UNITS) ## The unit tests alone
+	@for t in $(UNITS); do echo "== $$t"; $$t || exit 1; done
+
+check-emulator: ## The Gemini emulator's own tests, and Google's client library against it
+	$(PYTEST) tests/emulator
+	tests/genai/run
+
+check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
+	BUILD=$(BUILD) $(PYTEST) tests/e2e $(T)
+
+BANNED := sprintf|strcpy|strcat|strncpy|strtok|atoi|gets|alloca|system|vfork
+lint: ## Format, banned functions, clang-tidy
+	@$(MAKE) --no-print-directory deps-lint
+	clang-format --dry-run -Werror fcgi-app/*.c include/*.h tests/unit/*.c
+	@! grep -nE '\b($(BANNED))\(' fcgi-app/*.c include/*.h || { echo 'banned functions'; exit 1; }
+	clang-tidy --quiet $(SOURCES) -- -std=c17 $(CPPFLAGS)
+
+format: ## Apply the repository's format
+	clang-format -i fcgi-app/*.c include/*.h tests/unit/*.c
+
+install: all ## Install programs, example configuration and nginx files (DESTDIR, prefix)
+	install -D -m 755 $(BUILD)/extract-fcgi $(DESTDIR)$(sbindir)/extract-fcgi
+	install -D -m 755 $(BUILD)/extractctl $(DESTDIR)$(bindir)/extractctl
+	install -D -m 644 systemd/extract-fcgi.conf.example $(DESTDIR)$(datadir)/extract-fcgi/extract-fcgi.conf.example
+	install -D -m 644 -t $(DESTDIR)$(datadir)/extract-fcgi/nginx nginx/*.conf nginx/README.md
+	install -D -m 644 -t $(DESTDIR)$(datadir)/extract-fcgi $(EMBEDDED)
+
+uninstall: ## Remove what install has installed
+	rm -f $(DESTDIR)$(sbindir)/extract-fcgi $(DESTDIR)$(bindir)/extractctl
+	rm -rf $(DESTDIR)$(datadir)/extract-fcgi
 
 clean: ## Remove build/
-	rm -rf build
+	rm -rf build tests/genai/node_modules
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all clean help
+.PHONY: all deps deps-check deps-lint run demo check check-unit check-emulator check-e2e lint format \
+        install uninstall clean help

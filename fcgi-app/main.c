@@ -32,7 +32,7 @@ static int usage(FILE *out)
           "systemd,\n"
           "spawn-fcgi and multiwatch give it:\n"
           "\n"
-          "    spawn-fcgi -n -s /run/extract-fcgi/pool.sock -- multiwatch -f 4 -- extract-fcgi\n"
+          "    spawn-fcgi -n -s /run/extract-fcgi/pool.sock -- /usr/bin/multiwatch -f 4 -- /usr/sbin/extract-fcgi\n"
           "\n"
           "  --config FILE    configuration (default: EXTRACT_CONFIG, else " CONFIG_DEFAULT_FILE
           ")\n"

@@ -420,7 +420,7 @@ enum err_code server_check(struct err *err)
     if (getsockopt(LISTENER, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) != 0 || !listening)
         return err_set(err, ERR_CONFIG,
                        "standard input is not a listening socket: start the program by systemd "
-                       "(extract-fcgi.socket), or by spawn-fcgi -n -s SOCKET -- extract-fcgi");
+                       "(extract-fcgi.socket), or by spawn-fcgi -n -s SOCKET -- /path/to/extract-fcgi");
     return ERR_NONE;
 }
 

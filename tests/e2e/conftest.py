@@ -1,0 +1,450 @@
+"""Fixtures: the real thing, in processes of its own.
+
+    emulator    the Gemini emulator (tests/emulator), one for all tests, reset before each
+    tls_front   an nginx with TLS and HTTP/2 before the emulator, which closes connections often
+    stack       an nginx and a pool of one process with quick retries; made once for each module
+    make_stack  the same with settings of the test's own, ended with the test
+
+A stack is a directory with nginx, a unix socket, spawn-fcgi, multiwatch, N processes and a store. When it
+ends, its processes must have ended too, and neither a sanitizer nor an unexpected line may stand on its
+standard error.
+"""
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("BUILD", ROOT / "build")).resolve()
+NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin") or "nginx"
+sys.path[:0] = [str(ROOT / "tests" / "emulator"), str(ROOT / "tests" / "samples")]
+
+PATIENCE = 30.0  # seconds: an upper bound for what must happen, never a delay
+
+# Quick retries for tests; what a test is about it sets itself.
+QUICK = {
+    "EXTRACT_AUTH_MODE": "none",
+    "EXTRACT_SERVER_THREADS": "8",
+    "EXTRACT_RETRY_INITIAL_DELAY": "0.02",
+    "EXTRACT_RETRY_MAX_DELAY": "0.2",
+}
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def eventually(probe: Callable[[], Any], what: str = "") -> Any:
+    """Asks until the answer is true; its last answer."""
+    end = time.monotonic() + PATIENCE
+    while not (answer := probe()):
+        assert time.monotonic() < end, f"never came true: {what or probe}"
+        time.sleep(0.01)
+    return answer
+
+
+# ---- the emulator ----
+
+
+class Emulator:
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def _call(self, method: str, path: str, body: Any = None, timeout: float = PATIENCE + 10) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/__emulator/{path}", data=data, method=method)
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.load(answer)
+
+    def reset(self) -> None:
+        self._call("POST", "reset", {})
+
+    def script(self, key: str, *steps: dict[str, Any], repeat: bool = False) -> None:
+        """The next calls with this API key play these steps (tests/emulator/README.md)."""
+        self._call("POST", "script", {"key": key, "steps": list(steps), "repeat": repeat})
+
+    def scenario(self, key: str, name: str, repeat: bool = False) -> None:
+        self._call("POST", "script", {"key": key, "scenario": name, "repeat": repeat})
+
+    def log(self) -> list[dict[str, Any]]:
+        return self._call("GET", "log")
+
+    def wait(self, **counts: int) -> dict[str, int]:
+        """Until so many calls were received (calls=), are held (held=), have ended (finished=)."""
+        query = "&".join(f"{k}={v}" for k, v in counts.items())
+        return self._call("GET", f"wait?{query}&timeout={PATIENCE}")
+
+    def release(self, count: int | None = None) -> None:
+        self._call("POST", "release", {"count": count})
+
+
+@pytest.fixture(scope="session")
+def _emulator() -> Iterator[Emulator]:
+    process = subprocess.Popen(
+        ["/usr/bin/python3", str(ROOT / "tests/emulator/gemini_emulator.py"), "--listen", "127.0.0.1:0"],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    yield Emulator(int(line.rsplit(":", 1)[1]))
+    process.terminate()
+    process.wait(PATIENCE)
+
+
+@pytest.fixture
+def emulator(_emulator: Emulator) -> Emulator:
+    _emulator.reset()
+    return _emulator
+
+
+# ---- certificates and nginx ----
+
+
+@pytest.fixture(scope="session")
+def certificate() -> Iterator[Path]:
+    """A directory with cert.pem and key.pem for localhost, signed by itself."""
+    directory = Path(tempfile.mkdtemp(prefix="extract-tls-"))
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
+        cwd=directory, check=True, capture_output=True)
+    yield directory
+    shutil.rmtree(directory)
+
+
+def start_nginx(directory: Path, template: Path, **values: object) -> subprocess.Popen[bytes]:
+    text = template.read_text()
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", str(value))
+    (directory / "nginx.conf").write_text(text)
+    return subprocess.Popen([NGINX, "-e", str(directory / "error.log"), "-p", str(directory), "-c",
+                             str(directory / "nginx.conf")])
+
+
+def listening(port: int) -> bool:
+    with closing(socket.socket()) as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@dataclasses.dataclass
+class TlsFront:
+    url: str
+    ca_file: Path
+
+
+@pytest.fixture(scope="session")
+def tls_front(_emulator: Emulator, certificate: Path) -> Iterator[TlsFront]:
+    directory = Path(tempfile.mkdtemp(prefix="extract-front-"))
+    directory.chmod(0o755)
+    for name in ("cert.pem", "key.pem"):
+        shutil.copy(certificate / name, directory)
+    port = free_port()
+    process = start_nginx(directory, ROOT / "tests/emulator/tls_front.conf.in", DIR=directory, PORT=port,
+                          UPSTREAM=f"127.0.0.1:{_emulator.port}")
+    eventually(lambda: listening(port), "the TLS front listens")
+    yield TlsFront(f"https://localhost:{port}", certificate / "cert.pem")
+    process.send_signal(signal.SIGQUIT)
+    process.wait(PATIENCE)
+    shutil.rmtree(directory)
+
+
+# ---- a stack ----
+
+
+@dataclasses.dataclass
+class Answer:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The problem's code."""
+        return self.json()["code"]
+
+
+def form(file: bytes | None, company: str | None = "NT047", user: str | None = "anna",
+         branch: str | None = "Berlin", more: list[tuple[str, bytes]] | None = None) -> tuple[bytes, str]:
+    """A multipart/form-data body and its content type. None leaves a field out."""
+    boundary = uuid.uuid4().hex
+    fields: list[tuple[str, bytes]] = []
+    for name, text in (("companyID", company), ("username", user), ("branch", branch)):
+        if text is not None:
+            fields.append((name, text.encode()))
+    body = b""
+    for name, value in fields + (more or []):
+        body += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + value + b"\r\n"
+    if file is not None:
+        body += (f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="invoice.bin"\r\n'
+                 "Content-Type: application/octet-stream\r\n\r\n").encode() + file + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
+class FastCgi:
+    """A FastCGI client on the pool's socket, without a web server's good manners."""
+
+    BEGIN, ABORT, END, PARAMS, STDIN, STDOUT = 1, 2, 3, 4, 5, 6
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(PATIENCE)
+        self.socket.connect(str(path))
+        self.protocol_status: int | None = None  # of END_REQUEST
+
+    def send(self, kind: int, content: bytes = b"") -> None:
+        for at in range(0, len(content) or 1, 0xFFFF):
+            piece = content[at:at + 0xFFFF]
+            self.socket.sendall(struct.pack(">BBHHBB", 1, kind, 1, len(piece), 0, 0) + piece)
+
+    def begin(self, role: int = 1) -> None:
+        self.send(self.BEGIN, struct.pack(">HB5x", role, 0))
+
+    def params(self, values: dict[str, str | None]) -> None:
+        """All parameters but those that are None."""
+        pairs = [(name.encode(), value.encode()) for name, value in values.items() if value is not None]
+        content = b"".join(struct.pack(">II", len(n) | 1 << 31, len(v) | 1 << 31) + n + v for n, v in pairs)
+        if content:
+            self.send(self.PARAMS, content)
+        self.send(self.PARAMS)
+
+    def read(self) -> bytes:
+        """What comes on STDOUT until the end of the request or of the connection."""
+        stream, out = self.socket.makefile("rb"), b""
+        while len(head := stream.read(8)) == 8:
+            _, kind, _, size, padding, _ = struct.unpack(">BBHHBB", head)
+            content = stream.read(size + padding)[:size]
+            if kind == self.STDOUT:
+                out += content
+            if kind == self.END:
+                self.protocol_status = content[4]
+                break
+        return out
+
+    def answer(self) -> Answer:
+        head, _, body = self.read().partition(b"\r\n\r\n")
+        headers = http.client.parse_headers(io.BytesIO(head + b"\r\n\r\n"))
+        return Answer(int(headers["Status"].split()[0]), headers, body)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Stack:
+    """An nginx, a pool and a store in a directory."""
+
+    def __init__(self, emulator: Emulator, certificate: Path, *, processes: int = 1, by_path: bool = False,
+                 base_url: str | None = None, env: dict[str, str] | None = None,
+                 directory: Path | None = None) -> None:
+        self.own_directory = directory is None
+        self.dir = directory or Path(tempfile.mkdtemp(prefix="extract-stack-"))
+        self.dir.chmod(0o755)
+        self.socket = self.dir / f"pool-{uuid.uuid4().hex[:8]}.sock"
+        self.port, self.https_port = free_port(), free_port()
+        self.allowed_stderr: list[str] = []  # patterns of lines that the test expects
+        (self.dir / "tls").mkdir(exist_ok=True)
+        (self.dir / "server.d").mkdir(exist_ok=True)
+        for name in ("cert.pem", "key.pem"):
+            shutil.copy(certificate / name, self.dir / "tls")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("EXTRACT_")} | QUICK | {
+            "EXTRACT_STORE_DRIVER": "sqlite",
+            "EXTRACT_STORE_PATH": str(self.dir / "store.db"),
+            "EXTRACT_SERVER_STATE_DIR": str(self.dir),
+            "EXTRACT_SERVER_RUNTIME_DIR": str(self.dir),
+            "EXTRACT_GEMINI_BASE_URL": base_url or emulator.url,
+        } | (env or {})
+        if by_path:
+            (self.dir / "server.d" / "transport.conf").symlink_to(ROOT / "nginx/extract-fcgi-body-file.conf")
+            self.env["EXTRACT_SERVER_BODY_FILE_DIR"] = str(self.dir / "body")
+        self.stderr = (self.dir / "pool.log").open("ab")
+        self.pool: subprocess.Popen[bytes] | None = None
+        self.start_pool(processes)
+        self.nginx = start_nginx(self.dir, ROOT / "nginx/run.conf.in", DIR=self.dir, NGINX=ROOT / "nginx",
+                                 SOCKET=self.socket, HTTPS_PORT=self.https_port, HTTP_PORT=self.port)
+        eventually(lambda: listening(self.port), "nginx listens")
+        eventually(lambda: self.get("/healthz").status == 200, "the pool answers")
+
+    # -- processes --
+
+    def start_pool(self, processes: int = 1) -> None:
+        command = ["spawn-fcgi", "-n", "-b", "1024", "-M", "0666", "-s", str(self.socket), "--"]
+        if processes > 1:
+            command += ["/usr/bin/multiwatch", "-f", str(processes), "--"]
+        self.pool = subprocess.Popen([*command, str(BUILD / "extract-fcgi")], env=self.env, stderr=self.stderr,
+                                     start_new_session=True)
+
+    def pids(self) -> list[int]:
+        """The extract-fcgi processes of this stack."""
+        assert self.pool is not None
+        found = subprocess.run(["pgrep", "-s", str(self.pool.pid), "-x", "extract-fcgi"], capture_output=True,
+                               text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def stop_pool(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Asks the pool to end and waits for it; its exit status."""
+        assert self.pool is not None
+        if self.pool.poll() is None:
+            self.pool.send_signal(number)
+        return self.pool.wait(PATIENCE)
+
+    def close(self) -> None:
+        try:
+            self.stop_pool()
+        finally:
+            self.nginx.send_signal(signal.SIGTERM)
+            self.nginx.wait(PATIENCE)
+            self.stderr.close()
+        noise = [line for line in (self.dir / "pool.log").read_text(errors="replace").splitlines()
+                 if not any(re.search(pattern, line) for pattern in self.allowed_stderr)]
+        if self.own_directory:
+            shutil.rmtree(self.dir)
+        assert not noise, "on standard error:\n" + "\n".join(noise[:60])
+
+    # -- HTTP --
+
+    def request(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None,
+                source: str | None = None, tls: bool = False, timeout: float = 2 * PATIENCE) -> Answer:
+        where = (source, 0) if source else None
+        connection: http.client.HTTPConnection
+        if tls:
+            context = ssl.create_default_context(cafile=str(self.dir / "tls" / "cert.pem"))
+            connection = http.client.HTTPSConnection("localhost", self.https_port, timeout=timeout, context=context)
+        else:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout, source_address=where)
+        with closing(connection):
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.headers, answer.read())
+
+    def get(self, path: str, **arguments: Any) -> Answer:
+        return self.request("GET", path, **arguments)
+
+    def post(self, file: bytes | None, company: str | None = "NT047", user: str | None = "anna",
+             branch: str | None = "Berlin", headers: dict[str, str] | None = None,
+             more: list[tuple[str, bytes]] | None = None, **arguments: Any) -> Answer:
+        body, content_type = form(file, company, user, branch, more)
+        return self.request("POST", "/extract", body, {"Content-Type": content_type, **(headers or {})}, **arguments)
+
+    def fastcgi(self, body: bytes, **params: str | None) -> Answer:
+        """POST /extract without nginx; params over the usual ones, None leaves one out."""
+        with closing(FastCgi(self.socket)) as client:
+            client.begin()
+            client.params({"REQUEST_METHOD": "POST", "DOCUMENT_URI": "/extract", "REMOTE_ADDR": "127.0.0.1",
+                           "CONTENT_LENGTH": str(len(body)), **params})
+            if body:
+                client.send(FastCgi.STDIN, body)
+            client.send(FastCgi.STDIN)
+            return client.answer()
+
+    def metric(self, sample: str) -> float:
+        """A number of /metrics, by its name and labels."""
+        lines = self.get("/metrics").body.decode().splitlines()
+        return float(next(line for line in lines if line.startswith(f"{sample} ")).rpartition(" ")[2])
+
+    # -- extractctl and the store --
+
+    def ctl(self, *arguments: str, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run([str(BUILD / "extractctl"), *arguments], input=stdin, env=self.env, text=True,
+                                capture_output=True, timeout=PATIENCE)
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    def token(self, company: str = "NT047", key: str | None = None, *arguments: str) -> int:
+        """Adds a token; its TokenID. The key defaults to one of its own."""
+        added = self.ctl("token", "add", "--company", company, *arguments, stdin=(key or f"key-{uuid.uuid4().hex}") + "\n")
+        return int(added.stdout)
+
+    def sql(self, statement: str, *values: Any) -> list[dict[str, Any]]:
+        with closing(sqlite3.connect(self.dir / "store.db", timeout=PATIENCE, isolation_level=None)) as db:
+            db.row_factory = sqlite3.Row
+            return [dict(row) for row in db.execute(statement, values)]
+
+    def rows(self, statement: str, *values: Any, count: int = 1) -> list[dict[str, Any]]:
+        """The rows, once there are count of them: for what is recorded in the background."""
+        return eventually(lambda: (r := self.sql(statement, *values)) if len(self.sql(statement, *values)) >= count
+                          else None, f"{count} row(s): {statement}")
+
+    def balanced(self) -> None:
+        """The equations of the store: sums equal rows, nothing is reserved by nobody."""
+        for row in self.sql("""
+                SELECT t.TokenID, t.TotalTokenLimit AS "limit", s.TotalUsedTokens AS used,
+                       s.TotalRemainingTokens AS remaining, s.ReservedTokens AS reserved,
+                       (SELECT IFNULL(SUM(TotalTokensUsed), 0) FROM TokenUsageLogs l WHERE l.TokenID = t.TokenID) AS logged,
+                       (SELECT IFNULL(SUM(EstimatedTokens), 0) FROM TokenReservations r
+                        WHERE r.TokenID = t.TokenID AND r.State = 'open') AS held
+                FROM TokenMaster t JOIN TokenUsageSummary s ON s.TokenID = t.TokenID"""):
+            assert row["used"] == row["logged"], row
+            assert row["remaining"] == (None if row["limit"] is None else row["limit"] - row["used"]), row
+            assert row["reserved"] == row["held"], row
+
+
+@pytest.fixture
+def make_stack(emulator: Emulator, certificate: Path) -> Iterator[Callable[..., Stack]]:
+    stacks: list[Stack] = []
+
+    def make(**settings: Any) -> Stack:
+        stacks.append(Stack(emulator, certificate, **settings))
+        return stacks[-1]
+
+    yield make
+    for stack in stacks:
+        stack.close()
+
+
+@pytest.fixture(scope="module")
+def _stack(_emulator: Emulator, certificate: Path) -> Iterator[Stack]:
+    stack = Stack(_emulator, certificate)
+    yield stack
+    stack.close()
+
+
+@pytest.fixture
+def stack(_stack: Stack, emulator: Emulator) -> Iterator[Stack]:
+    """The module's stack. Tests take a company of their own (`company`), so that they don't meet."""
+    yield _stack
+    _stack.balanced()
+
+
+@pytest.fixture
+def crowd(emulator: Emulator) -> Iterator[ThreadPoolExecutor]:
+    """Threads for requests at the same time. In the end the emulator lets go of what it still holds."""
+    with ThreadPoolExecutor(256) as threads:
+        yield threads
+        emulator.reset()
+
+
+@pytest.fixture
+def company() -> str:
+    return f"C-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def pdf() -> bytes:
+    return (ROOT / "tests/samples/invoice-de.pdf").read_bytes()

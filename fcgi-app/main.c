@@ -1,8 +1,9 @@
 /* main.c - extract-fcgi: start, signals, drain, end.
  *
- * SIGTERM and SIGINT are blocked in every thread and taken by one of their own, since libfcgi's reads
- * and writes are not safe against interruption: it writes to an eventfd, at which the acceptor stops
- * and the rest finishes what it has. */
+ * The signals that ask it to end (SIGTERM, SIGINT, and SIGUSR1, which FastCGI process managers such as
+ * multiwatch send) are blocked in every thread and taken by one of their own, since libfcgi's reads and
+ * writes are not safe against interruption: it writes to an eventfd, at which the acceptor stops and
+ * the rest finishes what it has. */
 #include <getopt.h>
 #include <pthread.h>
 #include <signal.h>
@@ -44,32 +45,36 @@ static int usage(FILE *out)
     return out == stdout ? EXIT_SUCCESS : EXIT_USAGE;
 }
 
-/* Waits for SIGTERM or SIGINT, then starts the drain. A thread's main. */
+/* The signals that ask for the end. */
+static void end_signals(sigset_t *set)
+{
+    sigemptyset(set);
+    sigaddset(set, SIGTERM);
+    sigaddset(set, SIGINT);
+    sigaddset(set, SIGUSR1);
+}
+
+/* Waits for one of them, then starts the drain. A thread's main. */
 static void *wait_for_signal(void *argument)
 {
     const int *drain_fd = argument;
     sigset_t set;
     int number;
 
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
+    end_signals(&set);
     while (sigwait(&set, &number) != 0)
         ;
     eventfd_write(*drain_fd, 1);
     return NULL;
 }
 
-/* Before any thread: SIGTERM and SIGINT for the signal thread alone; libfcgi's own SIGUSR1 and a
- * terminal's SIGHUP mean nothing here; a peer that is gone is an error of a write. */
+/* Before any thread. A terminal's SIGHUP means nothing here; a peer that is gone is an error of a
+ * write. */
 static void block_signals(void)
 {
     sigset_t set;
 
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGUSR1);
+    end_signals(&set);
     sigaddset(&set, SIGHUP);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     signal(SIGPIPE, SIG_IGN);

@@ -34,10 +34,10 @@
     "(t.Provider IS NULL OR t.Provider COLLATE NOCASE IN ('', 'Google', 'Gemini'))"
 
 /* SQL: what the rows say that token t has used. */
-#define SQLITE_USED_BY_ROWS                                                   \
-    "((SELECT IFNULL(SUM(u.TotalTokensUsed), 0) FROM TokenUsageLogs u"        \
-    "  WHERE u.TokenID = t.TokenID)"                                          \
-    " + (SELECT IFNULL(SUM(m.TotalTokensUsed), 0) FROM TokenUsageMonthly m"   \
+#define SQLITE_USED_BY_ROWS                                                 \
+    "((SELECT IFNULL(SUM(u.TotalTokensUsed), 0) FROM TokenUsageLogs u"      \
+    "  WHERE u.TokenID = t.TokenID)"                                        \
+    " + (SELECT IFNULL(SUM(m.TotalTokensUsed), 0) FROM TokenUsageMonthly m" \
     "    WHERE IFNULL(m.TokenID, 0) = t.TokenID))"
 
 /* A connection with its prepared statements. Used by one thread at a time. */
@@ -114,7 +114,7 @@ enum err_code sqlite_first_row(struct sqlite_db *db, sqlite3_stmt **row, struct 
 enum err_code sqlite_run(struct sqlite_db *db, int *changed, struct err *err, const char *sql,
                          const struct store_value *values, size_t count) MUST_CHECK;
 
-#define SQLITE_PARAMS(...)                  \
+#define SQLITE_PARAMS(...)                     \
     (const struct store_value[]){__VA_ARGS__}, \
         sizeof((const struct store_value[]){__VA_ARGS__}) / sizeof(struct store_value)
 #define SQLITE_FIRST_ROW(db, row, err, sql, ...) \
@@ -122,6 +122,8 @@ enum err_code sqlite_run(struct sqlite_db *db, int *changed, struct err *err, co
 #define SQLITE_RUN(db, changed, err, sql, ...) \
     sqlite_run((db), (changed), (err), (sql), SQLITE_PARAMS(__VA_ARGS__))
 
+/* Takes the mutex; returns ETIMEDOUT after timeout_ms. */
+int sqlite_lock_mutex(pthread_mutex_t *mutex, int64_t timeout_ms) MUST_CHECK;
 /* Waits, at most until deadline_ms, for the turn among the host's writers. */
 enum err_code sqlite_host_lock(struct store_sqlite *store, int64_t deadline_ms,
                                struct err *err) MUST_CHECK;
@@ -131,7 +133,8 @@ void sqlite_host_unlock(struct store_sqlite *store);
 enum err_code sqlite_begin(struct store_sqlite *store, struct sqlite_tx *tx,
                            struct err *err) MUST_CHECK;
 /* Commits when code is ERR_NONE, else rolls back. Returns code, or why the commit failed. */
-enum err_code sqlite_end(struct store_sqlite *store, enum err_code code, struct err *err) MUST_CHECK;
+enum err_code sqlite_end(struct store_sqlite *store, enum err_code code,
+                         struct err *err) MUST_CHECK;
 /* One item of a batch: what happens between mark and keep is undone by undo, the rest stays. */
 enum err_code sqlite_mark(struct sqlite_tx *tx, struct err *err) MUST_CHECK;
 enum err_code sqlite_keep(struct sqlite_tx *tx, struct err *err) MUST_CHECK;

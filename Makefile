@@ -30,8 +30,9 @@ LDLIBS    += $(shell pkg-config --libs $(LIBRARIES)) -lunistring -lm
 
 SOURCES  := $(wildcard fcgi-app/*.c)
 PROGRAMS := extract-fcgi extractctl
-MAINS    := fcgi-app/main.c fcgi-app/extractctl.c
-OBJECTS  := $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(MAINS),$(SOURCES))) $(BUILD)/fcgi-app/embed.o
+CTL      := fcgi-app/extractctl.c $(wildcard fcgi-app/ctl_*.c)
+COMMON   := $(filter-out fcgi-app/main.c $(CTL),$(SOURCES))
+OBJECTS  := $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o
 EMBEDDED := fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql
 UNITS    := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
 PYTEST   := PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -p no:cacheprovider
@@ -50,7 +51,7 @@ all: $(PROGRAMS:%=$(BUILD)/%) ## Build extract-fcgi and extractctl into build/
 $(BUILD)/extract-fcgi: $(BUILD)/fcgi-app/main.o $(OBJECTS)
 	$(LINK) -o $@ $^ $(LDLIBS)
 
-$(BUILD)/extractctl: $(BUILD)/fcgi-app/extractctl.o $(OBJECTS)
+$(BUILD)/extractctl: $(CTL:%.c=$(BUILD)/%.o) $(OBJECTS)
 	$(LINK) -o $@ $^ $(LDLIBS)
 
 $(BUILD)/%.o: %.c Makefile

@@ -89,6 +89,8 @@ enum err_code err_prefix(struct err *err, const char *format, ...)
     char whole[2 * sizeof err->message + 2];
     va_list args;
 
+    if (err == NULL)
+        return ERR_INTERNAL;
     va_start(args, format);
     vsnprintf(prefix, sizeof prefix, format, args);
     va_end(args);

@@ -121,7 +121,7 @@ static enum err_code read_form(struct extraction *x)
 /* Every failed attempt goes to RetryAttempts, with the wait that follows it. */
 static void record_attempt(struct extraction *x, int64_t delay_ms)
 {
-    if (!x->unrecorded)
+    if (!x->unrecorded || x->rule == NULL)
         return;
     x->unrecorded = false;
     struct store_retry_attempt attempt = {.wall_ms = clock_wall_ms(),
@@ -345,7 +345,9 @@ static void log_end(const struct extraction *x, enum err_code code, const struct
 {
     const struct request *request = x->request;
     int64_t ms = clock_monotonic_ms() - request->accepted_ms;
-    const char *company = x->company == NULL ? "-" : x->company;
+    const char *company = x->tokens.company != NULL ? x->tokens.company /* the store's spelling */
+                          : x->company != NULL      ? x->company
+                                                    : "-";
     const char *user = x->user == NULL ? "-" : x->user;
 
     if (code == ERR_NONE) {

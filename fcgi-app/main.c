@@ -7,6 +7,7 @@
 #include <getopt.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,7 +34,8 @@ static int usage(FILE *out)
           "systemd,\n"
           "spawn-fcgi and multiwatch give it:\n"
           "\n"
-          "    spawn-fcgi -n -s /run/extract-fcgi/pool.sock -- /usr/bin/multiwatch -f 4 -- /usr/sbin/extract-fcgi\n"
+          "    spawn-fcgi -n -s /run/extract-fcgi/pool.sock -- /usr/bin/multiwatch -f 4 -- "
+          "/usr/sbin/extract-fcgi\n"
           "\n"
           "  --config FILE    configuration (default: EXTRACT_CONFIG, else " CONFIG_DEFAULT_FILE
           ")\n"
@@ -57,14 +59,14 @@ static void end_signals(sigset_t *set)
 /* Waits for one of them, then starts the drain. A thread's main. */
 static void *wait_for_signal(void *argument)
 {
-    const int *drain_fd = argument;
+    int drain_fd = (int)(intptr_t)argument;
     sigset_t set;
     int number;
 
     end_signals(&set);
     while (sigwait(&set, &number) != 0)
         ;
-    eventfd_write(*drain_fd, 1);
+    eventfd_write(drain_fd, 1);
     return NULL;
 }
 
@@ -104,7 +106,7 @@ static enum err_code open_app(struct app *app, struct err *err)
         log_set_sink(recorder_log, app->recorder);
     if ((app->share = share_new(most)) == NULL)
         return err_set(err, ERR_INTERNAL, "out of memory");
-    return ERR_NONE;
+    return store_start_background(app->store, err);
 }
 
 static void close_app(struct app *app)
@@ -132,16 +134,15 @@ static enum err_code serve(const struct config *config, struct err *err)
 
     if (code == ERR_NONE)
         code = open_app(&app, err);
-    if (code == ERR_NONE &&
-        (drain_fd < 0 || pthread_create(&signals, NULL, wait_for_signal, &drain_fd)))
+    if (code == ERR_NONE && (drain_fd < 0 || pthread_create(&signals, NULL, wait_for_signal,
+                                                            (void *)(intptr_t)drain_fd) != 0))
         code = err_set(err, ERR_INTERNAL, "the signal thread cannot be started");
     if (code == ERR_NONE) {
+        pthread_detach(signals);
         log_info(NULL, "started: pid=%ld version=%s workers=%d store=%s", (long)getpid(),
                  EXTRACT_VERSION, config->server.threads,
                  config->store.driver == DRIVER_MSSQL ? "mssql" : "sqlite");
         code = server_run(&app, drain_fd, err);
-        pthread_kill(signals, SIGTERM); /* where the server ended by itself */
-        pthread_join(signals, NULL);
         log_info(NULL, "stopped: pid=%ld", (long)getpid());
     }
     close_app(&app);

@@ -418,9 +418,10 @@ enum err_code server_check(struct err *err)
     socklen_t size = sizeof listening;
 
     if (getsockopt(LISTENER, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) != 0 || !listening)
-        return err_set(err, ERR_CONFIG,
-                       "standard input is not a listening socket: start the program by systemd "
-                       "(extract-fcgi.socket), or by spawn-fcgi -n -s SOCKET -- /path/to/extract-fcgi");
+        return err_set(
+            err, ERR_CONFIG,
+            "standard input is not a listening socket: start the program by systemd "
+            "(extract-fcgi.socket), or by spawn-fcgi -n -s SOCKET -- /path/to/extract-fcgi");
     return ERR_NONE;
 }
 
@@ -433,7 +434,8 @@ static enum err_code watch(struct server *server, int fd, uint32_t events)
 static struct server *server_new(struct app *app, int drain_fd, struct err *err)
 {
     struct server *server = calloc(1, sizeof *server);
-    size_t count = (size_t)(app->config->server.threads + app->config->server.queue + SPARE_SLOTS);
+    size_t count =
+        (size_t)app->config->server.threads + (size_t)app->config->server.queue + SPARE_SLOTS;
     int flags = fcntl(LISTENER, F_GETFL);
 
     if (server == NULL || (server->slots = calloc(count, sizeof *server->slots)) == NULL) {
@@ -539,8 +541,7 @@ enum err_code server_run(struct app *app, int drain_fd, struct err *err)
         return err->code;
     struct threads threads = {0};
     struct worker_start *workers = calloc((size_t)count, sizeof *workers);
-    threads.list =
-        calloc((size_t)(count + AT_ONCE_THREADS + REFUSING_THREADS), sizeof *threads.list);
+    threads.list = calloc((size_t)count + AT_ONCE_THREADS + REFUSING_THREADS, sizeof *threads.list);
     enum err_code code = ERR_NONE;
     if (workers == NULL || threads.list == NULL) {
         code = err_set(err, ERR_INTERNAL, "out of memory");

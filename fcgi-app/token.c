@@ -59,14 +59,15 @@ static struct token_use *use_of(struct tokens *tokens, int64_t id)
 
 static void hold(struct tokens *tokens, int64_t id, const char *api_key)
 {
-    size_t n = strlen(api_key);
+    size_t n = api_key == NULL ? 0 : strlen(api_key);
 
     tokens->current = use_of(tokens, id);
     tokens->current->open = true;
     tokens->current->tried = true;
     if (n >= sizeof tokens->api_key)
         n = sizeof tokens->api_key - 1;
-    memcpy(tokens->api_key, api_key, n);
+    if (n > 0)
+        memcpy(tokens->api_key, api_key, n);
     tokens->api_key[n] = '\0';
 }
 

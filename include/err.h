@@ -65,7 +65,8 @@ const struct err_info *err_info(enum err_code code) __attribute__((returns_nonnu
 enum err_code err_set(struct err *err, enum err_code code, const char *format, ...)
     PRINTF_LIKE(3, 4);
 
-/* Puts "format: " before the message that is there: a cause chain, outermost first. Keeps the code. */
+/* Puts "format: " before the message that is there: a cause chain, outermost first. Returns its code,
+ * which it keeps; err may be NULL (ERR_INTERNAL). */
 enum err_code err_prefix(struct err *err, const char *format, ...) PRINTF_LIKE(2, 3);
 
 #endif

@@ -1,0 +1,300 @@
+/* store_sqlite.c - the embedded store: one SQLite file, for one host, evaluation and tests.
+ *
+ * Any number of processes share the file; WAL lets readers go on while one writes. A process has one
+ * connection that writes (a batch is one transaction, one fsync) and a few that read. What was
+ * committed survives a power cut (synchronous = FULL). The rows are for people, too: a DBA may look
+ * at them, and add tokens, with the sqlite3 shell while the service runs.
+ *
+ * Here: opening, the schema, log entries and retry attempts. The rest: see store_sqlite.h. */
+#include "store_sqlite.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "buf.h"
+#include "embed.h"
+
+/* What sql/setup_sqlite.sql sets up. */
+#define SCHEMA_VERSION 1
+#define SCHEMA_MAJOR 1
+#define RETRY_PAUSE_MS 10
+
+/* ---- the schema ---- */
+
+static enum err_code read_version(struct sqlite_db *db, int *version, int *major, struct err *err)
+{
+    static const char sql_exists[] =
+        "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'SchemaVersion'";
+    static const char sql_version[] =
+        "SELECT Version, Major FROM SchemaVersion WHERE SchemaVersionID = 1";
+    sqlite3_stmt *row = NULL;
+    enum err_code code = sqlite_first_row(db, &row, err, sql_exists, NULL, 0);
+    bool exists = row != NULL;
+
+    *version = 0;
+    *major = 0;
+    sqlite3_reset(row);
+    if (code != ERR_NONE || !exists)
+        return code;
+    code = sqlite_first_row(db, &row, err, sql_version, NULL, 0);
+    if (row != NULL) {
+        *version = sqlite3_column_int(row, 0);
+        *major = sqlite3_column_int(row, 1);
+    }
+    sqlite3_reset(row);
+    return code;
+}
+
+/* Changing to WAL takes the file for itself for a moment, and SQLite does not wait for that. */
+static enum err_code use_wal(struct sqlite_db *db, int64_t deadline_ms, struct err *err)
+{
+    static const char sql[] = "PRAGMA journal_mode = WAL";
+    sqlite3_stmt *row = NULL;
+    enum err_code code = ERR_NONE;
+
+    while ((code = sqlite_first_row(db, &row, err, sql, NULL, 0)) == ERR_STORE_UNAVAILABLE &&
+           clock_monotonic_ms() < deadline_ms)
+        clock_sleep_until(clock_monotonic_ms() + RETRY_PAUSE_MS);
+    if (row != NULL && strcmp((const char *)sqlite3_column_text(row, 0), "wal") != 0)
+        code = err_set(err, ERR_CONFIG, "store.path: SQLite cannot use a write-ahead log there");
+    sqlite3_reset(row);
+    return code;
+}
+
+static enum err_code set_up(struct sqlite_db *db, struct err *err)
+{
+    enum err_code code = sqlite_exec(db, "BEGIN EXCLUSIVE", err);
+
+    if (code != ERR_NONE)
+        return code;
+    if (sqlite3_exec(db->handle, embed_setup_sqlite, NULL, NULL, NULL) != SQLITE_OK)
+        /* The text is ours, so SQLite's own words (a table that is in the way) hold no data. */
+        code = err_set(err, ERR_SCHEMA, "setting up the schema: %s", sqlite3_errmsg(db->handle));
+    if (code == ERR_NONE)
+        code = sqlite_exec(db, "COMMIT", err);
+    if (code != ERR_NONE && sqlite3_get_autocommit(db->handle) == 0)
+        sqlite3_exec(db->handle, "ROLLBACK", NULL, NULL, NULL);
+    return code;
+}
+
+/* Brings the schema to the version that this program works with, where it may. Under the host's
+ * lock: of ten processes that start at once, one does it and nine find it done. */
+static enum err_code ensure_schema(struct store_sqlite *store, bool may_set_up, struct err *err)
+{
+    int64_t deadline_ms = clock_monotonic_ms() + store->timeout_ms;
+    int major = 0;
+    enum err_code code = sqlite_host_lock(store, deadline_ms, err);
+
+    if (code != ERR_NONE)
+        return code;
+    code = read_version(&store->writer, &store->version, &major, err);
+    if (code == ERR_NONE && major > SCHEMA_MAJOR)
+        code = err_set(err, ERR_SCHEMA,
+                       "the schema (version %d) is newer than this program understands",
+                       store->version);
+    if (code == ERR_NONE && store->version < SCHEMA_VERSION && !may_set_up)
+        code = err_set(err, ERR_SCHEMA, "the schema is %s: run `extractctl migrate`",
+                       store->version == 0 ? "missing" : "older than this program needs");
+    if (code == ERR_NONE)
+        code = use_wal(&store->writer, deadline_ms, err);
+    if (code == ERR_NONE && store->version < SCHEMA_VERSION) {
+        code = set_up(&store->writer, err);
+        if (code == ERR_NONE)
+            code = read_version(&store->writer, &store->version, &major, err);
+    }
+    sqlite_host_unlock(store);
+    return code;
+}
+
+/* ---- open and close ---- */
+
+static void store_sqlite_close(void *self)
+{
+    struct store_sqlite *store = self;
+
+    if (store == NULL)
+        return;
+    for (int i = 0; i < store->readers_open; i++) {
+        sqlite_disconnect(&store->readers[i].db);
+        pthread_mutex_destroy(&store->readers[i].mutex);
+    }
+    sqlite_disconnect(&store->writer);
+    pthread_mutex_destroy(&store->writer_mutex);
+    if (store->lock_fd >= 0)
+        close(store->lock_fd);
+    free(store);
+}
+
+static enum err_code open_files(struct store_sqlite *store, const char *path, bool may_set_up,
+                                struct err *err)
+{
+    struct buf lock_path;
+    enum err_code code = ERR_NONE;
+
+    buf_init(&lock_path, 4096);
+    buf_printf(&lock_path, "%s.lock", path);
+    if (path[0] == '\0' || !buf_ok(&lock_path)) {
+        code = err_set(err, ERR_CONFIG, "store.path is empty or too long");
+    } else if (!may_set_up && access(path, F_OK) != 0 && errno == ENOENT) {
+        code = err_set(err, ERR_SCHEMA, "%s does not exist: run `extractctl migrate`", path);
+    } else {
+        code = sqlite_create_file(path, err);
+        if (code == ERR_NONE)
+            code = sqlite_create_file(buf_str(&lock_path), err);
+        if (code == ERR_NONE)
+            store->lock_fd = open(buf_str(&lock_path), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+        if (code == ERR_NONE && store->lock_fd < 0)
+            code = err_set(err, ERR_STORE_UNAVAILABLE, "cannot open %s: %s", buf_str(&lock_path),
+                           strerror(errno));
+    }
+    buf_reset(&lock_path);
+    return code;
+}
+
+static enum err_code open_readers(struct store_sqlite *store, const char *path, struct err *err)
+{
+    enum err_code code = ERR_NONE;
+
+    for (int i = 0; i < SQLITE_READERS && code == ERR_NONE; i++) {
+        struct sqlite_reader *reader = &store->readers[i];
+        pthread_mutex_init(&reader->mutex, NULL);
+        store->readers_open++;
+        code = sqlite_connect(&reader->db, path, store->timeout_ms, err);
+        if (code == ERR_NONE)
+            code = sqlite_exec(&reader->db, "PRAGMA query_only = ON", err);
+    }
+    return code;
+}
+
+static void *store_sqlite_open(const struct config *config, bool migrate, struct err *err)
+{
+    struct store_sqlite *store = calloc(1, sizeof *store);
+    const char *path = config->store.path;
+    bool may_set_up = migrate || config->store.auto_create;
+    enum err_code code = ERR_NONE;
+
+    if (store == NULL) {
+        err_set(err, ERR_INTERNAL, "no memory");
+        return NULL;
+    }
+    store->lock_fd = -1;
+    store->timeout_ms = config->store.query_timeout_ms;
+    pthread_mutex_init(&store->writer_mutex, NULL);
+    code = open_files(store, path, may_set_up, err);
+    if (code == ERR_NONE)
+        code = sqlite_connect(&store->writer, path, store->timeout_ms, err);
+    if (code == ERR_NONE)
+        code = ensure_schema(store, may_set_up, err);
+    if (code == ERR_NONE)
+        code = open_readers(store, path, err);
+    if (code != ERR_NONE) {
+        store_sqlite_close(store);
+        return NULL;
+    }
+    return store;
+}
+
+/* One writer at a time; batches that wait for it grow. */
+static int store_sqlite_leaders(void *self)
+{
+    (void)self;
+    return 1;
+}
+
+static int store_sqlite_schema_version(void *self)
+{
+    const struct store_sqlite *store = self;
+    return store->version;
+}
+
+static enum err_code store_sqlite_ping(void *self, struct err *err)
+{
+    static const char sql[] = "SELECT Version FROM SchemaVersion WHERE SchemaVersionID = 1";
+    struct sqlite_reader *reader = NULL;
+    sqlite3_stmt *row = NULL;
+    enum err_code code = sqlite_reader_take(self, &reader, err);
+
+    if (code != ERR_NONE)
+        return code;
+    code = sqlite_first_row(&reader->db, &row, err, sql, NULL, 0);
+    if (code == ERR_NONE && row == NULL)
+        code = err_set(err, ERR_SCHEMA, "the schema is missing: run `extractctl migrate`");
+    sqlite3_reset(row);
+    sqlite_reader_give(reader);
+    return code;
+}
+
+/* ---- log entries and retry attempts ---- */
+
+static enum err_code insert_entry(struct sqlite_tx *tx, const struct log_entry *e, struct err *err)
+{
+    static const char sql[] =
+        "INSERT INTO ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module,"
+        " FunctionName, LineNumber, RequestID, Host)"
+        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
+    char when[CLOCK_TEXT_SIZE];
+
+    clock_format(e->wall_ms, when);
+    return SQLITE_RUN(tx->db, NULL, err, sql, sql_text(when), sql_text(log_level_name(e->level)),
+                      sql_text(e->logger), sql_text(e->message), sql_text(e->exception),
+                      sql_text(e->module), sql_text(e->function), sql_int(e->line),
+                      sql_text(e->request_id), sql_text(log_host()));
+}
+
+static enum err_code insert_attempt(struct sqlite_tx *tx, const struct store_retry_attempt *a,
+                                    struct err *err)
+{
+    static const char sql[] =
+        "INSERT INTO RetryAttempts (TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable,"
+        " Timestamp, RequestID, StatusCode, DelayMs)"
+        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)";
+    char when[CLOCK_TEXT_SIZE];
+
+    clock_format(a->wall_ms, when);
+    return SQLITE_RUN(tx->db, NULL, err, sql, sql_id(a->token_id), sql_text(a->company_id),
+                      sql_int(a->attempt), sql_text(a->error_message), sql_int(a->is_retryable),
+                      sql_text(when), sql_text(a->request_id), sql_id(a->status_code),
+                      sql_int(a->delay_ms));
+}
+
+static enum err_code store_sqlite_record(void *self, struct log_entry *const *entries,
+                                         size_t entry_count,
+                                         const struct store_retry_attempt *const *attempts,
+                                         size_t attempt_count, struct err *err)
+{
+    struct store_sqlite *store = self;
+    struct sqlite_tx tx;
+    enum err_code code = ERR_NONE;
+
+    if (entry_count + attempt_count == 0)
+        return ERR_NONE;
+    code = sqlite_begin(store, &tx, err);
+    if (code != ERR_NONE)
+        return code;
+    for (size_t i = 0; i < entry_count && code == ERR_NONE; i++)
+        code = insert_entry(&tx, entries[i], err);
+    for (size_t i = 0; i < attempt_count && code == ERR_NONE; i++)
+        code = insert_attempt(&tx, attempts[i], err);
+    return sqlite_end(store, code, err);
+}
+
+const struct store_driver store_sqlite = {
+    .name = "sqlite",
+    .open = store_sqlite_open,
+    .close = store_sqlite_close,
+    .leaders = store_sqlite_leaders,
+    .schema_version = store_sqlite_schema_version,
+    .ping = store_sqlite_ping,
+    .acquire = sqlite_acquire,
+    .settle = sqlite_settle,
+    .record = store_sqlite_record,
+    .expire_reservations = sqlite_expire_reservations,
+    .token_add = sqlite_token_add,
+    .token_set_status = sqlite_token_set_status,
+    .token_set_key = sqlite_token_set_key,
+    .token_set_limit = sqlite_token_set_limit,
+    .query = sqlite_query,
+};

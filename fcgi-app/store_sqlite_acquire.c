@@ -1,0 +1,436 @@
+/* store_sqlite_acquire.c - choosing and reserving a token. See store_sqlite.h and struct
+ * store_acquire in store.h.
+ *
+ * SQL finds the company's Active tokens with what they used and reserve; classify() then sorts them
+ * and is the only place that knows why one cannot serve; decide() draws the conclusion. Since the
+ * whole runs in one write transaction, nothing changes between looking and reserving. */
+#include "store_sqlite.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct candidate {
+    int64_t token_id;
+    int64_t limit;
+    bool limited;
+    bool has_summary;
+    bool has_key; /* one that fits */
+    int64_t used;
+    int64_t reserved;
+    int64_t cooling_ms; /* how long it still cools down; 0 or less: not */
+};
+
+struct candidates {
+    struct candidate *all; /* in TokenID order */
+    size_t count;
+    size_t room;
+};
+
+enum fitness {
+    FIT_USABLE,
+    FIT_COOLING, /* usable after a wait, or tried already by this request */
+    FIT_BUSY,    /* room is only lacking because of reservations */
+    FIT_NEVER    /* used up, at fault, or without a key */
+};
+
+/* How the company's name is compared. The first uses the index, but folds ASCII only. */
+#define COMPANY_ASCII "t.CompanyID = ?1"
+#define COMPANY_UNICODE "extract_fold(t.CompanyID) = extract_fold(?1)"
+
+static const char *choose_sql(const char *company_id, const char *ascii, const char *unicode)
+{
+    for (; *company_id != '\0'; company_id++)
+        if ((unsigned char)*company_id >= 0x80)
+            return unicode;
+    return ascii;
+}
+
+/* ---- looking ---- */
+
+static enum err_code add_candidate(struct candidates *found, sqlite3_stmt *row, int64_t now_ms,
+                                   struct err *err)
+{
+    if (found->count == found->room) {
+        size_t room = found->room == 0 ? 16 : 2 * found->room;
+        struct candidate *more = realloc(found->all, room * sizeof *more);
+        if (more == NULL)
+            return err_set(err, ERR_INTERNAL, "no memory");
+        found->all = more;
+        found->room = room;
+    }
+    found->all[found->count++] = (struct candidate){
+        .token_id = sqlite3_column_int64(row, 0),
+        .limited = sqlite3_column_type(row, 1) != SQLITE_NULL,
+        .limit = sqlite3_column_int64(row, 1),
+        .has_summary = sqlite3_column_int(row, 2) != 0,
+        .used = sqlite3_column_int64(row, 3),
+        .reserved = sqlite3_column_int64(row, 4),
+        .cooling_ms =
+            sqlite3_column_type(row, 5) == SQLITE_NULL ? 0 : sqlite3_column_int64(row, 5) - now_ms,
+        .has_key = sqlite3_column_int(row, 6) != 0,
+    };
+    return ERR_NONE;
+}
+
+/* The company's Active tokens. */
+static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_id,
+                                     struct candidates *found, struct err *err)
+{
+#define CANDIDATES(company)                                                             \
+    "SELECT t.TokenID, t.TotalTokenLimit, s.TokenID IS NOT NULL,"                       \
+    " IFNULL(s.TotalUsedTokens, " SQLITE_USED_BY_ROWS "), IFNULL(s.ReservedTokens, 0)," \
+    " CAST(ROUND((julianday(t.CooldownUntil) - 2440587.5) * 86400000.0) AS INTEGER),"   \
+    " LENGTH(CAST(t.ApiKey AS BLOB)) BETWEEN 1 AND 1024"                                \
+    " FROM TokenMaster t LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID"        \
+    " WHERE " company " AND t.Status = 'Active' AND " SQLITE_PROVIDER_SERVED " ORDER BY t.TokenID"
+    static const char ascii[] = CANDIDATES(COMPANY_ASCII);
+    static const char unicode[] = CANDIDATES(COMPANY_UNICODE);
+    sqlite3_stmt *row = NULL;
+    int result = SQLITE_ROW;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, choose_sql(company_id, ascii, unicode),
+                                          sql_text(company_id));
+
+    while (row != NULL && code == ERR_NONE && result == SQLITE_ROW) {
+        code = add_candidate(found, row, tx->now_ms, err);
+        if (code == ERR_NONE)
+            result = sqlite3_step(row);
+    }
+    if (code == ERR_NONE && result != SQLITE_ROW && result != SQLITE_DONE)
+        code = sqlite_failed(err, result);
+    sqlite3_reset(row);
+    return code;
+}
+
+/* What is said of a company none of whose tokens is Active: its newest token decides. Without any
+ * row *known stays false; rows of other providers give the spelling, but do not count. */
+static enum err_code look_at_newest(struct sqlite_tx *tx, const char *company_id,
+                                    char stored[STORE_TEXT_SIZE], bool *known, bool *expired,
+                                    struct err *err)
+{
+#define NEWEST(company)                                                              \
+    "SELECT t.CompanyID, " SQLITE_PROVIDER_SERVED " AS Served, t.Status = 'Expired'" \
+    " FROM TokenMaster t WHERE " company                                             \
+    " ORDER BY Served DESC, julianday(t.CreatedAt) DESC, t.TokenID DESC LIMIT 1"
+    static const char ascii[] = NEWEST(COMPANY_ASCII);
+    static const char unicode[] = NEWEST(COMPANY_UNICODE);
+    sqlite3_stmt *row = NULL;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, choose_sql(company_id, ascii, unicode),
+                                          sql_text(company_id));
+
+    *known = false;
+    *expired = false;
+    if (row != NULL) {
+        const char *spelling = (const char *)sqlite3_column_text(row, 0);
+        if (sqlite_text_fits(spelling, 1, SQLITE_TEXT_MAX_BYTES))
+            memcpy(stored, spelling, strlen(spelling) + 1);
+        *known = sqlite3_column_int(row, 1) != 0;
+        *expired = sqlite3_column_int(row, 2) != 0;
+    }
+    sqlite3_reset(row);
+    return code;
+}
+
+/* ---- deciding ---- */
+
+static enum fitness classify(const struct candidate *c, const struct store_acquire *a)
+{
+    bool tried = false;
+
+    for (size_t i = 0; i < a->excluded_count; i++) {
+        if (a->excluded[i].token_id == c->token_id) {
+            if (a->excluded[i].at_fault)
+                return FIT_NEVER;
+            tried = true;
+        }
+    }
+    if (!c->has_key || (c->limited && c->used >= c->limit))
+        return FIT_NEVER;
+    if (c->cooling_ms > 0)
+        return FIT_COOLING;
+    if (c->limited && c->reserved > 0 && a->estimate_tokens > c->limit - c->used - c->reserved)
+        return FIT_BUSY;
+    return tried ? FIT_COOLING : FIT_USABLE;
+}
+
+/* The token to use, or NULL, with a->grant and what belongs to it saying why. Some are Active. */
+static const struct candidate *decide(const struct candidates *found, struct store_acquire *a)
+{
+    size_t counts[FIT_NEVER + 1] = {0};
+    int64_t first_ms = INT64_MAX;
+
+    for (size_t i = 0; i < found->count; i++) {
+        const struct candidate *c = &found->all[i];
+        enum fitness fitness = classify(c, a);
+        counts[fitness]++;
+        if (fitness == FIT_COOLING) {
+            int64_t wait_ms = c->cooling_ms > 0 ? c->cooling_ms : 0;
+            first_ms = wait_ms < first_ms ? wait_ms : first_ms;
+        }
+    }
+    if (counts[FIT_USABLE] > 0) {
+        size_t nth = (size_t)(a->choice % counts[FIT_USABLE]);
+        for (size_t i = 0;; i++)
+            if (classify(&found->all[i], a) == FIT_USABLE && nth-- == 0)
+                return &found->all[i];
+    }
+    if (counts[FIT_COOLING] > 0) {
+        a->grant = GRANT_COOLING;
+        a->first_usable_ms = first_ms;
+        a->busy_too = counts[FIT_BUSY] > 0;
+    } else {
+        a->grant = counts[FIT_BUSY] > 0 ? GRANT_BUSY : GRANT_UNAVAILABLE;
+    }
+    return NULL;
+}
+
+/* ---- reserving ---- */
+
+static enum err_code reserve(struct sqlite_tx *tx, struct store_acquire *a, int64_t token_id,
+                             struct err *err)
+{
+    const struct sqlite_reservation reservation = {
+        .request_id = a->request_id,
+        .sequence = a->sequence,
+        .token_id = token_id,
+        .company_id = a->company_id_stored,
+        .branch = a->branch,
+        .requested_by = a->requested_by,
+        .estimate_tokens = a->estimate_tokens,
+        .expires_ms = a->expires_ms,
+        .state = "open",
+    };
+
+    a->grant = GRANT_TOKEN;
+    a->token_id = token_id;
+    return sqlite_insert_reservation(tx, &reservation, err);
+}
+
+/* Reads what a granted token needs to be used: the spelling of its company, and the key. */
+static enum err_code copy_token(struct store_acquire *a, sqlite3_stmt *row, int company, int key,
+                                struct err *err)
+{
+    const char *company_id = (const char *)sqlite3_column_text(row, company);
+    const char *api_key = (const char *)sqlite3_column_text(row, key);
+
+    if (!sqlite_text_fits(company_id, 1, SQLITE_TEXT_MAX_BYTES) ||
+        !sqlite_text_fits(api_key, 1, STORE_API_KEY_SIZE - 1))
+        return err_set(err, ERR_BAD_VALUE, "token %lld has no usable CompanyID or ApiKey",
+                       (long long)sqlite3_column_int64(row, 0));
+    memcpy(a->company_id_stored, company_id, strlen(company_id) + 1);
+    memcpy(a->api_key, api_key, strlen(api_key) + 1);
+    return ERR_NONE;
+}
+
+static enum err_code reserve_token(struct sqlite_tx *tx, struct store_acquire *a,
+                                   const struct candidate *chosen, struct err *err)
+{
+    static const char sql_token[] =
+        "SELECT TokenID, CompanyID, ApiKey FROM TokenMaster WHERE TokenID = ?1";
+    static const char sql_sum[] = "UPDATE TokenUsageSummary"
+                                  " SET ReservedTokens = ReservedTokens + ?2 WHERE TokenID = ?1";
+    sqlite3_stmt *row = NULL;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql_token, sql_int(chosen->token_id));
+
+    if (row != NULL)
+        code = copy_token(a, row, 1, 2, err);
+    sqlite3_reset(row);
+    if (code == ERR_NONE && !chosen->has_summary)
+        code = sqlite_ensure_summary(tx, chosen->token_id, err);
+    if (code == ERR_NONE)
+        code = SQLITE_RUN(tx->db, NULL, err, sql_sum, sql_int(chosen->token_id),
+                          sql_int(a->estimate_tokens));
+    return code == ERR_NONE ? reserve(tx, a, chosen->token_id, err) : code;
+}
+
+/* The same acquire came before: the same answer. *granted: whether that was so. */
+static enum err_code grant_again(struct sqlite_tx *tx, struct store_acquire *a, bool *granted,
+                                 struct err *err)
+{
+    static const char sql[] = "SELECT r.TokenID, r.CompanyID, t.ApiKey"
+                              " FROM TokenReservations r"
+                              " LEFT JOIN TokenMaster t ON t.TokenID = r.TokenID"
+                              " WHERE r.RequestID = ?1 AND r.Sequence = ?2";
+    sqlite3_stmt *row = NULL;
+    enum err_code code =
+        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(a->request_id), sql_int(a->sequence));
+
+    *granted = row != NULL;
+    if (row == NULL)
+        return code;
+    a->grant = GRANT_TOKEN;
+    a->token_id = sqlite3_column_int64(row, 0);
+    if (a->token_id != 0) {
+        code = copy_token(a, row, 1, 2, err);
+    } else {
+        const char *company_id = (const char *)sqlite3_column_text(row, 1);
+        if (sqlite_text_fits(company_id, 1, SQLITE_TEXT_MAX_BYTES))
+            memcpy(a->company_id_stored, company_id, strlen(company_id) + 1);
+    }
+    sqlite3_reset(row);
+    return code;
+}
+
+/* Closes the reservation of the token that this request gave up without having spent anything: the
+ * last one only; an earlier one that is still open waits for a settlement. */
+static enum err_code release_previous(struct sqlite_tx *tx, const struct store_acquire *a,
+                                      struct err *err)
+{
+    static const char sql_find[] = "SELECT ReservationID, EstimatedTokens FROM TokenReservations"
+                                   " WHERE RequestID = ?1 AND TokenID = ?2 AND State = 'open'"
+                                   " ORDER BY Sequence DESC LIMIT 1";
+    static const char sql_close[] = "UPDATE TokenReservations"
+                                    " SET State = 'released', ClosedAt = ?2"
+                                    " WHERE ReservationID = ?1";
+    sqlite3_stmt *row = NULL;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql_find, sql_text(a->request_id),
+                                          sql_int(a->previous_token_id));
+
+    if (row == NULL)
+        return code;
+    int64_t reservation_id = sqlite3_column_int64(row, 0);
+    int64_t tokens = sqlite3_column_int64(row, 1);
+    sqlite3_reset(row);
+    code = SQLITE_RUN(tx->db, NULL, err, sql_close, sql_int(reservation_id), sql_text(tx->now));
+    return code == ERR_NONE ? sqlite_unreserve(tx, a->previous_token_id, tokens, err) : code;
+}
+
+/* ---- the whole ---- */
+
+static enum err_code choose_and_reserve(struct sqlite_tx *tx, struct store_acquire *a,
+                                        struct err *err)
+{
+    struct candidates found = {0};
+    bool known = false;
+    bool expired = false;
+    enum err_code code = ERR_NONE;
+
+    if (!a->fallback_only)
+        code = find_candidates(tx, a->company_id, &found, err);
+    if (code != ERR_NONE)
+        goto out;
+    if (found.count > 0) {
+        const struct candidate *chosen = decide(&found, a);
+        if (chosen != NULL) {
+            code = reserve_token(tx, a, chosen, err);
+            goto out;
+        }
+    }
+    code = look_at_newest(tx, a->company_id, a->company_id_stored, &known, &expired, err);
+    if (code != ERR_NONE || found.count > 0)
+        goto out;
+    if (a->fallback_only || (a->fallback_if_none && known))
+        code = reserve(tx, a, 0, err);
+    else
+        a->grant = !known ? GRANT_NO_TOKEN : expired ? GRANT_EXPIRED : GRANT_UNAVAILABLE;
+out:
+    free(found.all);
+    return code;
+}
+
+static enum err_code acquire_one(struct sqlite_tx *tx, struct store_acquire *a, struct err *err)
+{
+    bool granted = false;
+    enum err_code code = grant_again(tx, a, &granted, err);
+
+    if (code != ERR_NONE || granted)
+        return code;
+    if (a->previous_token_id != 0) {
+        code = sqlite_apply_fault(tx, a->previous_token_id, &a->previous, a->request_id,
+                                  &a->disabling_stopped, err);
+        if (code == ERR_NONE && !a->previous_spent)
+            code = release_previous(tx, a, err);
+    }
+    return code == ERR_NONE ? choose_and_reserve(tx, a, err) : code;
+}
+
+static enum err_code check(const struct store_acquire *a, struct err *err)
+{
+    const char *what = NULL;
+
+    if (!sqlite_text_fits(a->request_id, 1, SQLITE_ID_MAX_BYTES))
+        what = "request_id must have 1 to 64 bytes";
+    else if (!sqlite_text_fits(a->company_id, 1, SQLITE_TEXT_MAX_BYTES))
+        what = "company_id must have 1 to 256 bytes";
+    else if (!sqlite_text_fits(a->branch, 0, SQLITE_TEXT_MAX_BYTES) ||
+             !sqlite_text_fits(a->requested_by, 0, SQLITE_TEXT_MAX_BYTES))
+        what = "branch and requested_by must have at most 256 bytes";
+    else if (a->sequence < 1)
+        what = "sequence must be 1 or more";
+    else if (a->estimate_tokens < 0 || a->estimate_tokens > SQLITE_COUNT_MAX)
+        what = "estimate_tokens must be 0 to 10^15";
+    else if (a->expires_ms < 0 || a->expires_ms > SQLITE_SPAN_MAX)
+        what = "expires_ms must be 0 to 366 days";
+    else if (a->previous_token_id < 0)
+        what = "previous_token_id must not be negative";
+    if (what != NULL)
+        return err_set(err, ERR_BAD_VALUE, "%s", what);
+    return sqlite_check_fault(&a->previous, err);
+}
+
+static void clear_results(struct store_acquire *a)
+{
+    a->grant = GRANT_NO_TOKEN;
+    a->token_id = 0;
+    a->first_usable_ms = 0;
+    a->busy_too = false;
+    a->disabling_stopped = false;
+    explicit_bzero(a->api_key, sizeof a->api_key);
+    a->company_id_stored[0] = '\0';
+}
+
+static void prepare(struct store_acquire *a)
+{
+    clear_results(a);
+    a->err = (struct err){0};
+    a->code = check(a, &a->err);
+    if (a->code == ERR_NONE)
+        memcpy(a->company_id_stored, a->company_id, strlen(a->company_id) + 1);
+}
+
+/* One item between its marks. Returns an error only where the whole batch must end. */
+static enum err_code acquire_marked(struct sqlite_tx *tx, struct store_acquire *a, struct err *err)
+{
+    enum err_code code = sqlite_mark(tx, err);
+
+    if (code != ERR_NONE)
+        return code;
+    a->code = acquire_one(tx, a, &a->err);
+    if (a->code == ERR_NONE)
+        return sqlite_keep(tx, err);
+    clear_results(a);
+    if (a->code == ERR_BAD_VALUE)
+        return sqlite_undo(tx, err);
+    *err = a->err;
+    return a->code;
+}
+
+enum err_code sqlite_acquire(void *self, struct store_acquire *const *items, size_t count,
+                             struct err *err)
+{
+    struct store_sqlite *store = self;
+    struct sqlite_tx tx;
+    size_t good = 0;
+    enum err_code code = ERR_NONE;
+
+    for (size_t i = 0; i < count; i++) {
+        prepare(items[i]);
+        good += items[i]->code == ERR_NONE;
+    }
+    if (good == 0)
+        return ERR_NONE;
+    code = sqlite_begin(store, &tx, err);
+    if (code == ERR_NONE) {
+        for (size_t i = 0; i < count && code == ERR_NONE; i++)
+            if (items[i]->code == ERR_NONE)
+                code = acquire_marked(&tx, items[i], err);
+        code = sqlite_end(store, code, err);
+    }
+    for (size_t i = 0; i < count && code != ERR_NONE; i++) {
+        clear_results(items[i]);
+        if (items[i]->code == ERR_BAD_VALUE)
+            continue; /* that is true whatever became of the batch */
+        items[i]->code = code;
+        items[i]->err = *err;
+    }
+    return code;
+}

@@ -1,0 +1,307 @@
+/* store_sqlite_admin.c - token administration of the embedded store: each change with its AuditLog
+ * row in the same transaction, and never a key in it. See store_sqlite.h. */
+#include "store_sqlite.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <strings.h>
+
+#include "text.h"
+
+#define THRESHOLD_DEFAULT 0.8
+#define DETAIL_SIZE 256
+
+/* ---- what may come in ---- */
+
+/* NULL, or what is wrong: "must not be empty". */
+static const char *name_fault(const char *s, size_t min)
+{
+    return s == NULL ? (min > 0 ? "must not be empty" : NULL)
+                     : text_fault(s, strlen(s), min, SQLITE_TEXT_MAX_BYTES);
+}
+
+static enum err_code check_actor(const char *actor, struct err *err)
+{
+    const char *fault = name_fault(actor, 1);
+    return fault == NULL ? ERR_NONE : err_set(err, ERR_BAD_VALUE, "the actor's name %s", fault);
+}
+
+/* An API key goes into an HTTP header: visible ASCII. */
+static enum err_code check_key(const char *key, struct err *err)
+{
+    if (!sqlite_text_fits(key, 1, STORE_API_KEY_SIZE - 1))
+        return err_set(err, ERR_BAD_VALUE, "an API key must have 1 to %d bytes",
+                       STORE_API_KEY_SIZE - 1);
+    for (; *key != '\0'; key++)
+        if (*key <= ' ' || *key > '~')
+            return err_set(err, ERR_BAD_VALUE,
+                           "an API key must not have spaces or characters beyond ASCII");
+    return ERR_NONE;
+}
+
+static enum err_code check_limit(int64_t limit, double threshold, struct err *err)
+{
+    if (limit < -1 || limit > SQLITE_COUNT_MAX)
+        return err_set(err, ERR_BAD_VALUE, "a limit must be 0 to 10^15, or none");
+    if (!(threshold >= 0 && threshold <= 1)) /* NaN, too */
+        return err_set(err, ERR_BAD_VALUE, "a threshold must be above 0 and at most 1");
+    return ERR_NONE;
+}
+
+static enum err_code check_new_token(const struct store_new_token *token, struct err *err)
+{
+    const char *fault = NULL;
+
+    if ((fault = name_fault(token->company_id, 1)) != NULL)
+        return err_set(err, ERR_BAD_VALUE, "CompanyID %s", fault);
+    if ((fault = name_fault(token->company_name, 0)) != NULL)
+        return err_set(err, ERR_BAD_VALUE, "CompanyName %s", fault);
+    if ((fault = name_fault(token->provider, 0)) != NULL)
+        return err_set(err, ERR_BAD_VALUE, "Provider %s", fault);
+    if (check_key(token->api_key, err) != ERR_NONE)
+        return err->code;
+    return check_limit(token->limit, token->threshold, err);
+}
+
+static const char *known_status(const char *status)
+{
+    static const char *const all[] = {"Active", "Expired", "Exceeded", "Disabled"};
+
+    for (size_t i = 0; status != NULL && i < sizeof all / sizeof all[0]; i++)
+        if (strcasecmp(status, all[i]) == 0)
+            return all[i];
+    return NULL;
+}
+
+static struct store_value sql_limit(int64_t limit)
+{
+    return limit < 0 ? sql_text(NULL) : sql_int(limit);
+}
+
+static void describe_limit(int64_t limit, char out[32])
+{
+    if (limit < 0)
+        snprintf(out, 32, "none");
+    else
+        snprintf(out, 32, "%lld", (long long)limit);
+}
+
+static enum err_code no_such_token(int64_t token_id, struct err *err)
+{
+    return err_set(err, ERR_NO_SUCH_ROW, "there is no token %lld", (long long)token_id);
+}
+
+/* ---- add ---- */
+
+static enum err_code add(struct sqlite_tx *tx, const char *actor,
+                         const struct store_new_token *token, int64_t *token_id, struct err *err)
+{
+    static const char sql_token[] =
+        "INSERT INTO TokenMaster"
+        " (CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, CreatedAt, UpdatedAt)"
+        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6)";
+    static const char sql_summary[] =
+        "INSERT INTO TokenUsageSummary (TokenID, TotalRemainingTokens, Threshold, LastUpdated)"
+        " VALUES (?1, ?2, ?3, ?4)";
+    const char *provider = token->provider != NULL ? token->provider : "Gemini";
+    double threshold = token->threshold > 0 ? token->threshold : THRESHOLD_DEFAULT;
+    char limit[32];
+    char detail[2 * DETAIL_SIZE];
+    enum err_code code = SQLITE_RUN(tx->db, NULL, err, sql_token, sql_text(token->company_id),
+                                    sql_text(token->company_name), sql_text(token->api_key),
+                                    sql_text(provider), sql_limit(token->limit), sql_text(tx->now));
+
+    if (code != ERR_NONE)
+        return code;
+    *token_id = sqlite3_last_insert_rowid(tx->db->handle);
+    code = SQLITE_RUN(tx->db, NULL, err, sql_summary, sql_int(*token_id), sql_limit(token->limit),
+                      sql_real(threshold), sql_text(tx->now));
+    if (code != ERR_NONE)
+        return code;
+    describe_limit(token->limit, limit);
+    snprintf(detail, sizeof detail, "limit %s, threshold %g, provider %s", limit, threshold,
+             provider);
+    return sqlite_audit(tx, actor, "token added", *token_id, NULL, detail, err);
+}
+
+enum err_code sqlite_token_add(void *self, const char *actor, const struct store_new_token *token,
+                               int64_t *token_id, struct err *err)
+{
+    struct store_sqlite *store = self;
+    struct sqlite_tx tx;
+
+    *token_id = 0;
+    if (check_actor(actor, err) != ERR_NONE || check_new_token(token, err) != ERR_NONE ||
+        sqlite_begin(store, &tx, err) != ERR_NONE)
+        return err->code;
+    return sqlite_end(store, add(&tx, actor, token, token_id, err), err);
+}
+
+/* ---- status ---- */
+
+static enum err_code set_status(struct sqlite_tx *tx, const char *actor, int64_t token_id,
+                                const char *status, const char *reason, struct err *err)
+{
+    static const char sql_old[] =
+        "SELECT SUBSTR(Status, 1, 16) FROM TokenMaster WHERE TokenID = ?1";
+    static const char sql_set[] =
+        "UPDATE TokenMaster"
+        " SET Status = ?2, StatusReason = SUBSTR(?3, 1, 1000), UpdatedAt = ?4,"
+        "     CooldownUntil = CASE WHEN ?2 = 'Active' THEN NULL ELSE CooldownUntil END"
+        " WHERE TokenID = ?1";
+    char detail[2 * DETAIL_SIZE];
+    sqlite3_stmt *row = NULL;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql_old, sql_int(token_id));
+
+    if (code != ERR_NONE)
+        return code;
+    if (row == NULL)
+        return no_such_token(token_id, err);
+    snprintf(detail, sizeof detail, "%s to %s%s%s", (const char *)sqlite3_column_text(row, 0),
+             status, reason != NULL ? ": " : "", reason != NULL ? reason : "");
+    sqlite3_reset(row);
+    code = SQLITE_RUN(tx->db, NULL, err, sql_set, sql_int(token_id), sql_text(status),
+                      sql_text(reason), sql_text(tx->now));
+    if (code != ERR_NONE)
+        return code;
+    return sqlite_audit(tx, actor, "token status changed", token_id, NULL, detail, err);
+}
+
+enum err_code sqlite_token_set_status(void *self, const char *actor, int64_t token_id,
+                                      const char *status, const char *reason, struct err *err)
+{
+    struct store_sqlite *store = self;
+    const char *known = known_status(status);
+    const char *fault = name_fault(reason, 0);
+    struct sqlite_tx tx;
+
+    if (check_actor(actor, err) != ERR_NONE)
+        return err->code;
+    if (known == NULL)
+        return err_set(err, ERR_BAD_VALUE,
+                       "a status must be Active, Expired, Exceeded or Disabled");
+    if (fault != NULL)
+        return err_set(err, ERR_BAD_VALUE, "the reason %s", fault);
+    if (sqlite_begin(store, &tx, err) != ERR_NONE)
+        return err->code;
+    return sqlite_end(store, set_status(&tx, actor, token_id, known, reason, err), err);
+}
+
+/* ---- key ---- */
+
+static enum err_code set_key(struct sqlite_tx *tx, const char *actor, int64_t token_id,
+                             const char *api_key, struct err *err)
+{
+    static const char sql[] =
+        "UPDATE TokenMaster SET ApiKey = ?2, UpdatedAt = ?3 WHERE TokenID = ?1";
+    int changed = 0;
+    enum err_code code = SQLITE_RUN(tx->db, &changed, err, sql, sql_int(token_id),
+                                    sql_text(api_key), sql_text(tx->now));
+
+    if (code != ERR_NONE)
+        return code;
+    if (changed == 0)
+        return no_such_token(token_id, err);
+    return sqlite_audit(tx, actor, "token key changed", token_id, NULL, NULL, err);
+}
+
+enum err_code sqlite_token_set_key(void *self, const char *actor, int64_t token_id,
+                                   const char *api_key, struct err *err)
+{
+    struct store_sqlite *store = self;
+    struct sqlite_tx tx;
+
+    if (check_actor(actor, err) != ERR_NONE || check_key(api_key, err) != ERR_NONE ||
+        sqlite_begin(store, &tx, err) != ERR_NONE)
+        return err->code;
+    return sqlite_end(store, set_key(&tx, actor, token_id, api_key, err), err);
+}
+
+/* ---- limit ---- */
+
+/* The sums follow the limit: what remains, and whether the threshold counts as crossed. */
+static enum err_code set_summary(struct sqlite_tx *tx, int64_t token_id, int64_t limit,
+                                 double threshold, struct err *err)
+{
+    static const char sql[] =
+        "UPDATE TokenUsageSummary"
+        " SET TotalRemainingTokens = ?2 - TotalUsedTokens,"
+        "     Threshold = IFNULL(?3, Threshold),"
+        "     ThresholdCrossedAt ="
+        "         CASE WHEN TotalUsedTokens >= ?2"
+        "                   OR CAST(TotalUsedTokens AS REAL) / ?2 >= IFNULL(?3, Threshold)"
+        "              THEN IFNULL(ThresholdCrossedAt, ?4) END,"
+        "     LastUpdated = ?4"
+        " WHERE TokenID = ?1";
+
+    return SQLITE_RUN(tx->db, NULL, err, sql, sql_int(token_id), sql_limit(limit),
+                      threshold > 0 ? sql_real(threshold) : sql_text(NULL), sql_text(tx->now));
+}
+
+/* An Exceeded token with room again is Active; an Active one without is Exceeded. *now: its status
+ * when that changed, else NULL. */
+static enum err_code follow_limit(struct sqlite_tx *tx, int64_t token_id, const char **now,
+                                  struct err *err)
+{
+#define ROOM                                            \
+    "(t.TotalTokenLimit IS NULL OR t.TotalTokenLimit >" \
+    " (SELECT s.TotalUsedTokens FROM TokenUsageSummary s WHERE s.TokenID = t.TokenID))"
+    static const char sql_active[] =
+        "UPDATE TokenMaster AS t SET Status = 'Active', StatusReason = NULL"
+        " WHERE t.TokenID = ?1 AND t.Status = 'Exceeded' AND " ROOM;
+    static const char sql_exceeded[] =
+        "UPDATE TokenMaster AS t SET Status = 'Exceeded', StatusReason = 'limit reached'"
+        " WHERE t.TokenID = ?1 AND t.Status = 'Active' AND NOT " ROOM;
+    int changed = 0;
+    enum err_code code = SQLITE_RUN(tx->db, &changed, err, sql_active, sql_int(token_id));
+
+    *now = changed > 0 ? "Active" : NULL;
+    if (code != ERR_NONE || changed > 0)
+        return code;
+    code = SQLITE_RUN(tx->db, &changed, err, sql_exceeded, sql_int(token_id));
+    *now = changed > 0 ? "Exceeded" : NULL;
+    return code;
+}
+
+static enum err_code set_limit(struct sqlite_tx *tx, const char *actor, int64_t token_id,
+                               int64_t limit, double threshold, struct err *err)
+{
+    static const char sql[] =
+        "UPDATE TokenMaster SET TotalTokenLimit = ?2, UpdatedAt = ?3 WHERE TokenID = ?1";
+    char detail[DETAIL_SIZE];
+    char limit_text[32];
+    char threshold_text[64] = "";
+    const char *status = NULL;
+    int changed = 0;
+    enum err_code code = SQLITE_RUN(tx->db, &changed, err, sql, sql_int(token_id), sql_limit(limit),
+                                    sql_text(tx->now));
+
+    if (code == ERR_NONE && changed == 0)
+        return no_such_token(token_id, err);
+    if (code == ERR_NONE)
+        code = sqlite_ensure_summary(tx, token_id, err);
+    if (code == ERR_NONE)
+        code = set_summary(tx, token_id, limit, threshold, err);
+    if (code == ERR_NONE)
+        code = follow_limit(tx, token_id, &status, err);
+    if (code != ERR_NONE)
+        return code;
+    describe_limit(limit, limit_text);
+    if (threshold > 0)
+        snprintf(threshold_text, sizeof threshold_text, ", threshold %g", threshold);
+    snprintf(detail, sizeof detail, "limit %s%s%s%s", limit_text, threshold_text,
+             status != NULL ? ", now " : "", status != NULL ? status : "");
+    return sqlite_audit(tx, actor, "token limit changed", token_id, NULL, detail, err);
+}
+
+enum err_code sqlite_token_set_limit(void *self, const char *actor, int64_t token_id, int64_t limit,
+                                     double threshold, struct err *err)
+{
+    struct store_sqlite *store = self;
+    struct sqlite_tx tx;
+
+    if (check_actor(actor, err) != ERR_NONE || check_limit(limit, threshold, err) != ERR_NONE ||
+        sqlite_begin(store, &tx, err) != ERR_NONE)
+        return err->code;
+    return sqlite_end(store, set_limit(&tx, actor, token_id, limit, threshold, err), err);
+}

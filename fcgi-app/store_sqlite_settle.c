@@ -1,0 +1,461 @@
+/* store_sqlite_settle.c - usage rows, the sums beside them, and the end of reservations. See
+ * store_sqlite.h and struct store_settlement in store.h.
+ *
+ * The usage row is what makes a settlement happen once: where it exists, nothing is done. All else
+ * that a settlement changes is in the same transaction. A reservation leaves the state 'open' once,
+ * and only then is its estimate taken off ReservedTokens. */
+#include "store_sqlite.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define WALL_MAX INT64_C(253402300799999) /* the end of the year 9999 */
+
+/* What the rows say before a settlement changes them. */
+struct before {
+    bool settled;   /* there is a usage row */
+    bool has_token; /* the token is still in TokenMaster */
+    bool limited;
+    int64_t limit;
+    int64_t pending; /* reservations that are open or unsettled */
+    int64_t last_id; /* the last of those */
+    int64_t open_tokens;
+    char company[STORE_TEXT_SIZE]; /* the store's spelling, as far as it is known */
+};
+
+/* ---- looking ---- */
+
+static void copy_company(struct before *b, sqlite3_stmt *row, int column)
+{
+    const char *company = (const char *)sqlite3_column_text(row, column);
+
+    if (sqlite_text_fits(company, 1, SQLITE_TEXT_MAX_BYTES))
+        memcpy(b->company, company, strlen(company) + 1);
+}
+
+static enum err_code look_at_usage(struct sqlite_tx *tx, const struct store_settlement *s,
+                                   struct before *b, struct err *err)
+{
+    static const char sql[] = "SELECT 1 FROM TokenUsageLogs"
+                              " WHERE RequestID = ?1 AND IFNULL(TokenID, 0) = ?2";
+    sqlite3_stmt *row = NULL;
+    enum err_code code =
+        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(s->request_id), sql_int(s->token_id));
+
+    b->settled = row != NULL;
+    sqlite3_reset(row);
+    return code;
+}
+
+static enum err_code look_at_reservations(struct sqlite_tx *tx, const struct store_settlement *s,
+                                          struct before *b, struct err *err)
+{
+    static const char sql[] =
+        "SELECT COUNT(*), MAX(ReservationID),"
+        " SUM(CASE State WHEN 'open' THEN EstimatedTokens ELSE 0 END), MAX(CompanyID)"
+        " FROM TokenReservations WHERE RequestID = ?1 AND TokenID IS ?2 AND ClosedAt IS NULL";
+    sqlite3_stmt *row = NULL;
+    enum err_code code =
+        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(s->request_id), sql_id(s->token_id));
+
+    if (row != NULL) {
+        b->pending = sqlite3_column_int64(row, 0);
+        b->last_id = sqlite3_column_int64(row, 1);
+        b->open_tokens = sqlite3_column_int64(row, 2);
+        copy_company(b, row, 3);
+    }
+    sqlite3_reset(row);
+    return code;
+}
+
+static enum err_code look_at_token(struct sqlite_tx *tx, const struct store_settlement *s,
+                                   struct before *b, struct err *err)
+{
+    static const char sql[] =
+        "SELECT CompanyID, TotalTokenLimit FROM TokenMaster WHERE TokenID = ?1";
+    sqlite3_stmt *row = NULL;
+    enum err_code code = ERR_NONE;
+
+    if (s->token_id == 0)
+        return ERR_NONE;
+    code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_int(s->token_id));
+    b->has_token = row != NULL;
+    if (row != NULL) {
+        copy_company(b, row, 0);
+        b->limited = sqlite3_column_type(row, 1) != SQLITE_NULL;
+        b->limit = sqlite3_column_int64(row, 1);
+    }
+    sqlite3_reset(row);
+    return code;
+}
+
+static enum err_code look(struct sqlite_tx *tx, const struct store_settlement *s, struct before *b,
+                          struct err *err)
+{
+    enum err_code code = ERR_NONE;
+
+    *b = (struct before){0};
+    memcpy(b->company, s->company_id, strlen(s->company_id) + 1);
+    code = look_at_usage(tx, s, b, err);
+    if (code == ERR_NONE && !b->settled)
+        code = look_at_reservations(tx, s, b, err);
+    if (code == ERR_NONE && !b->settled)
+        code = look_at_token(tx, s, b, err);
+    return code;
+}
+
+/* ---- reservations ---- */
+
+/* Ends all that the request still has with the token. */
+static enum err_code close_reservations(struct sqlite_tx *tx, const struct store_settlement *s,
+                                        const struct before *b, const char *state, struct err *err)
+{
+    static const char sql[] =
+        "UPDATE TokenReservations SET State = ?3, ClosedAt = ?4, UnknownCalls = ?5"
+        " WHERE RequestID = ?1 AND TokenID IS ?2 AND ClosedAt IS NULL";
+    enum err_code code = sqlite_unreserve(tx, s->token_id, b->open_tokens, err);
+
+    if (code != ERR_NONE || b->pending == 0)
+        return code;
+    return SQLITE_RUN(tx->db, NULL, err, sql, sql_text(s->request_id), sql_id(s->token_id),
+                      sql_text(state), sql_text(tx->now), sql_int(s->unknown_calls));
+}
+
+/* A settlement for which there is no reservation (its acquire never reached this database) leaves
+ * one, numbered below those of acquires. */
+static enum err_code insert_lost(struct sqlite_tx *tx, const struct store_settlement *s,
+                                 const struct before *b, struct err *err)
+{
+    static const char sql[] = "SELECT MIN(0, IFNULL(MIN(Sequence), 0)) - 1"
+                              " FROM TokenReservations WHERE RequestID = ?1";
+    struct sqlite_reservation lost = {
+        .request_id = s->request_id,
+        .token_id = s->token_id,
+        .company_id = b->company,
+        .branch = s->branch,
+        .requested_by = s->requested_by,
+        .state = "unsettled",
+        .unknown_calls = s->unknown_calls,
+    };
+    sqlite3_stmt *row = NULL;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(s->request_id));
+
+    if (row != NULL)
+        lost.sequence = sqlite3_column_int64(row, 0);
+    sqlite3_reset(row);
+    return code == ERR_NONE ? sqlite_insert_reservation(tx, &lost, err) : code;
+}
+
+/* One row stands for all of the request's unknown calls with the token: the last. Those before it
+ * are released, so that nobody counts them twice. */
+static enum err_code leave_unsettled(struct sqlite_tx *tx, const struct store_settlement *s,
+                                     const struct before *b, struct err *err)
+{
+    static const char sql[] =
+        "UPDATE TokenReservations"
+        " SET State = CASE WHEN ReservationID = ?3 THEN 'unsettled' ELSE 'released' END,"
+        "     UnknownCalls = CASE WHEN ReservationID = ?3 THEN ?4 ELSE 0 END,"
+        "     ClosedAt = CASE WHEN ReservationID = ?3 THEN NULL ELSE ?5 END"
+        " WHERE RequestID = ?1 AND TokenID IS ?2 AND ClosedAt IS NULL";
+    enum err_code code = sqlite_unreserve(tx, s->token_id, b->open_tokens, err);
+
+    if (code != ERR_NONE)
+        return code;
+    if (b->pending == 0)
+        return insert_lost(tx, s, b, err);
+    return SQLITE_RUN(tx->db, NULL, err, sql, sql_text(s->request_id), sql_id(s->token_id),
+                      sql_int(b->last_id), sql_int(s->unknown_calls), sql_text(tx->now));
+}
+
+/* ---- usage ---- */
+
+static enum err_code insert_usage(struct sqlite_tx *tx, const struct store_settlement *s,
+                                  const struct before *b, struct err *err)
+{
+    static const char sql[] =
+        "INSERT INTO TokenUsageLogs (TokenID, Branch, RequestedBy, InputTokens, OutputTokens,"
+        " TextPromptTokens, ImagePromptTokens, TextCandidatesTokens, TotalTokensUsed,"
+        " RequestCount, LoggedAt, RequestID, CompanyID, ClientKeyID, TokenSource, ThoughtsTokens,"
+        " CachedTokens, UnknownCalls, Model, DurationMs)"
+        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18,"
+        "         SUBSTR(?19, 1, 256), ?20)";
+    const struct usage *u = &s->usage;
+    char logged[CLOCK_TEXT_SIZE];
+
+    clock_format(s->logged_ms != 0 ? s->logged_ms : tx->now_ms, logged);
+    return SQLITE_RUN(
+        tx->db, NULL, err, sql, sql_id(s->token_id), sql_text(s->branch), sql_text(s->requested_by),
+        sql_int(u->input_tokens), sql_int(u->output_tokens), sql_int(u->text_prompt_tokens),
+        sql_int(u->image_prompt_tokens), sql_int(u->text_candidates_tokens),
+        sql_int(u->total_tokens), sql_int(s->request_count), sql_text(logged),
+        sql_text(s->request_id), sql_text(b->company), sql_text(s->client_key_id),
+        sql_text(s->token_source), sql_int(u->thoughts_tokens), sql_int(u->cached_tokens),
+        sql_int(s->unknown_calls), sql_text(s->model), sql_int(s->duration_ms));
+}
+
+static enum err_code cross_threshold(struct sqlite_tx *tx, struct store_settlement *s,
+                                     struct err *err)
+{
+    static const char sql[] = "UPDATE TokenUsageSummary SET ThresholdCrossedAt = ?2"
+                              " WHERE TokenID = ?1 AND ThresholdCrossedAt IS NULL";
+    int changed = 0;
+    enum err_code code =
+        SQLITE_RUN(tx->db, &changed, err, sql, sql_int(s->token_id), sql_text(tx->now));
+
+    s->threshold_crossed = changed > 0;
+    return code;
+}
+
+static enum err_code exceed(struct sqlite_tx *tx, struct store_settlement *s,
+                            const struct before *b, struct err *err)
+{
+    static const char sql[] = "UPDATE TokenMaster"
+                              " SET Status = 'Exceeded', StatusReason = ?2, UpdatedAt = ?3"
+                              " WHERE TokenID = ?1 AND Status = 'Active'";
+    char reason[64];
+    int changed = 0;
+    enum err_code code = ERR_NONE;
+
+    snprintf(reason, sizeof reason, "limit of %lld tokens reached", (long long)b->limit);
+    code = SQLITE_RUN(tx->db, &changed, err, sql, sql_int(s->token_id), sql_text(reason),
+                      sql_text(tx->now));
+    s->exceeded = changed > 0;
+    if (code != ERR_NONE || changed == 0)
+        return code;
+    return sqlite_audit(tx, SQLITE_ACTOR, "token status changed", s->token_id, s->request_id,
+                        "Active to Exceeded: limit reached", err);
+}
+
+/* Adds to the token's sums, and draws the conclusions. */
+static enum err_code add_usage(struct sqlite_tx *tx, struct store_settlement *s,
+                               const struct before *b, struct err *err)
+{
+    static const char sql[] = "UPDATE TokenUsageSummary"
+                              " SET TotalUsedTokens = TotalUsedTokens + ?2,"
+                              "     TotalRemainingTokens = ?3 - (TotalUsedTokens + ?2),"
+                              "     LastUpdated = ?4"
+                              " WHERE TokenID = ?1"
+                              " RETURNING TotalUsedTokens, Threshold";
+    struct store_value limit = b->limited ? sql_int(b->limit) : sql_text(NULL);
+    sqlite3_stmt *row = NULL;
+    int64_t used = 0;
+    double threshold = 0;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_int(s->token_id),
+                                          sql_int(s->usage.total_tokens), limit, sql_text(tx->now));
+
+    if (row != NULL) {
+        used = sqlite3_column_int64(row, 0);
+        threshold = sqlite3_column_double(row, 1);
+    }
+    sqlite3_reset(row);
+    if (code != ERR_NONE || !b->limited)
+        return code;
+    /* Divided, not multiplied: 7 of 100 is 0.07 exactly as it is written. */
+    if (used >= b->limit || (double)used / (double)b->limit >= threshold)
+        code = cross_threshold(tx, s, err);
+    if (code == ERR_NONE && used >= b->limit)
+        code = exceed(tx, s, b, err);
+    return code;
+}
+
+static enum err_code settle_usage(struct sqlite_tx *tx, struct store_settlement *s,
+                                  const struct before *b, struct err *err)
+{
+    enum err_code code = ERR_NONE;
+
+    if (s->token_id != 0 && !b->has_token)
+        return err_set(err, ERR_BAD_VALUE, "token %lld was deleted", (long long)s->token_id);
+    /* Before the usage row: a summary that is made now sums up what was there. */
+    if (s->token_id != 0)
+        code = sqlite_ensure_summary(tx, s->token_id, err);
+    if (code == ERR_NONE)
+        code = insert_usage(tx, s, b, err);
+    if (code == ERR_NONE)
+        code = close_reservations(tx, s, b, "settled", err);
+    if (code == ERR_NONE && s->token_id != 0)
+        code = add_usage(tx, s, b, err);
+    return code;
+}
+
+/* ---- the whole ---- */
+
+static enum err_code settle_one(struct sqlite_tx *tx, struct store_settlement *s, struct err *err)
+{
+    struct before before;
+    enum err_code code = look(tx, s, &before, err);
+
+    if (code != ERR_NONE || before.settled)
+        return code;
+    if (s->request_count > 0)
+        code = settle_usage(tx, s, &before, err);
+    else if (s->unknown_calls > 0)
+        code = leave_unsettled(tx, s, &before, err);
+    else
+        code = close_reservations(tx, s, &before, "released", err);
+    if (code == ERR_NONE && s->token_id != 0)
+        code = sqlite_apply_fault(tx, s->token_id, &s->fault, s->request_id, &s->disabling_stopped,
+                                  err);
+    return code;
+}
+
+static bool counts_fit(const struct usage *u)
+{
+    const int64_t counts[] = {u->input_tokens,           u->output_tokens,
+                              u->text_prompt_tokens,     u->image_prompt_tokens,
+                              u->text_candidates_tokens, u->thoughts_tokens,
+                              u->cached_tokens,          u->total_tokens};
+
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++)
+        if (counts[i] < 0 || counts[i] > SQLITE_COUNT_MAX)
+            return false;
+    return true;
+}
+
+static enum err_code check(const struct store_settlement *s, struct err *err)
+{
+    const char *what = NULL;
+
+    if (!sqlite_text_fits(s->request_id, 1, SQLITE_ID_MAX_BYTES))
+        what = "request_id must have 1 to 64 bytes";
+    else if (s->token_id < 0)
+        what = "token_id must not be negative";
+    else if (!sqlite_text_fits(s->company_id, 1, SQLITE_TEXT_MAX_BYTES))
+        what = "company_id must have 1 to 256 bytes";
+    else if (!sqlite_text_fits(s->branch, 0, SQLITE_TEXT_MAX_BYTES) ||
+             !sqlite_text_fits(s->requested_by, 0, SQLITE_TEXT_MAX_BYTES))
+        what = "branch and requested_by must have at most 256 bytes";
+    else if (!sqlite_text_fits(s->client_key_id, 0, SQLITE_ID_MAX_BYTES))
+        what = "client_key_id must have at most 64 bytes";
+    else if (s->token_source == NULL ||
+             (strcmp(s->token_source, "store") != 0 && strcmp(s->token_source, "fallback") != 0))
+        what = "token_source must be store or fallback";
+    else if (!counts_fit(&s->usage))
+        what = "each count of tokens must be 0 to 10^15";
+    else if (s->request_count < 0 || s->unknown_calls < 0)
+        what = "counts of calls must not be negative";
+    else if (s->duration_ms < 0)
+        what = "duration_ms must not be negative";
+    else if (s->logged_ms < 0 || s->logged_ms > WALL_MAX)
+        what = "logged_ms is no time";
+    if (what != NULL)
+        return err_set(err, ERR_BAD_VALUE, "%s", what);
+    return sqlite_check_fault(&s->fault, err);
+}
+
+static void clear_results(struct store_settlement *s)
+{
+    s->threshold_crossed = false;
+    s->exceeded = false;
+    s->disabling_stopped = false;
+}
+
+/* One item between its marks. Returns an error only where the whole batch must end. */
+static enum err_code settle_marked(struct sqlite_tx *tx, struct store_settlement *s,
+                                   struct err *err)
+{
+    enum err_code code = sqlite_mark(tx, err);
+
+    if (code != ERR_NONE)
+        return code;
+    s->code = settle_one(tx, s, &s->err);
+    if (s->code == ERR_NONE)
+        return sqlite_keep(tx, err);
+    clear_results(s);
+    if (s->code == ERR_BAD_VALUE)
+        return sqlite_undo(tx, err);
+    *err = s->err;
+    return s->code;
+}
+
+enum err_code sqlite_settle(void *self, struct store_settlement *const *items, size_t count,
+                            struct err *err)
+{
+    struct store_sqlite *store = self;
+    struct sqlite_tx tx;
+    size_t good = 0;
+    enum err_code code = ERR_NONE;
+
+    for (size_t i = 0; i < count; i++) {
+        clear_results(items[i]);
+        items[i]->err = (struct err){0};
+        items[i]->code = check(items[i], &items[i]->err);
+        good += items[i]->code == ERR_NONE;
+    }
+    if (good == 0)
+        return ERR_NONE;
+    code = sqlite_begin(store, &tx, err);
+    if (code == ERR_NONE) {
+        for (size_t i = 0; i < count && code == ERR_NONE; i++)
+            if (items[i]->code == ERR_NONE)
+                code = settle_marked(&tx, items[i], err);
+        code = sqlite_end(store, code, err);
+    }
+    for (size_t i = 0; i < count && code != ERR_NONE; i++) {
+        clear_results(items[i]);
+        if (items[i]->code == ERR_BAD_VALUE)
+            continue; /* that is true whatever became of the batch */
+        items[i]->code = code;
+        items[i]->err = *err;
+    }
+    return code;
+}
+
+/* ---- reservations whose process died ---- */
+
+static enum err_code any_expired(struct store_sqlite *store, bool *any, struct err *err)
+{
+    static const char sql[] =
+        "SELECT 1 FROM TokenReservations"
+        " WHERE State = 'open' AND ClosedAt IS NULL AND ExpiresAt < ?1 LIMIT 1";
+    struct sqlite_reader *reader = NULL;
+    sqlite3_stmt *row = NULL;
+    char now[CLOCK_TEXT_SIZE];
+    enum err_code code = sqlite_reader_take(store, &reader, err);
+
+    if (code != ERR_NONE)
+        return code;
+    clock_format(clock_wall_ms(), now);
+    code = SQLITE_FIRST_ROW(&reader->db, &row, err, sql, sql_text(now));
+    *any = row != NULL;
+    sqlite3_reset(row);
+    sqlite_reader_give(reader);
+    return code;
+}
+
+static enum err_code expire(struct sqlite_tx *tx, int *expired, struct err *err)
+{
+#define EXPIRED "State = 'open' AND ClosedAt IS NULL AND ExpiresAt < ?1"
+    static const char sql_sums[] =
+        "UPDATE TokenUsageSummary"
+        " SET ReservedTokens = MAX(0, ReservedTokens -"
+        "     (SELECT SUM(r.EstimatedTokens) FROM TokenReservations r"
+        "      WHERE " EXPIRED " AND r.TokenID = TokenUsageSummary.TokenID))"
+        " WHERE TokenID IN (SELECT TokenID FROM TokenReservations WHERE " EXPIRED ")";
+    static const char sql_states[] = "UPDATE TokenReservations"
+                                     " SET State = 'unsettled', UnknownCalls = UnknownCalls + 1"
+                                     " WHERE " EXPIRED;
+    enum err_code code = SQLITE_RUN(tx->db, NULL, err, sql_sums, sql_text(tx->now));
+
+    if (code == ERR_NONE)
+        code = SQLITE_RUN(tx->db, expired, err, sql_states, sql_text(tx->now));
+    return code;
+}
+
+enum err_code sqlite_expire_reservations(void *self, int *expired, struct err *err)
+{
+    struct store_sqlite *store = self;
+    struct sqlite_tx tx;
+    bool any = false;
+    enum err_code code = any_expired(store, &any, err);
+
+    *expired = 0;
+    if (code != ERR_NONE || !any) /* without any there is no need to queue as a writer */
+        return code;
+    code = sqlite_begin(store, &tx, err);
+    if (code != ERR_NONE)
+        return code;
+    code = sqlite_end(store, expire(&tx, expired, err), err);
+    if (code != ERR_NONE)
+        *expired = 0;
+    return code;
+}

@@ -1,0 +1,2109 @@
+/* test_store.c - what every driver of the store promises (store.h, store_driver.h).
+ *
+ * The tests speak to a driver through its interface, and look at the rows with plain SQL through
+ * struct backend below: another driver passes the same suite by another backend. What only the
+ * embedded store promises (files, locks) stands at the end. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sqlite3.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "store_driver.h"
+
+/* ---- the backend under test ---- */
+
+static struct {
+    char directory[64];
+    char path[128];
+    struct config config;
+    sqlite3 *raw;
+} fixture;
+
+static void *sqlite_backend_open(bool migrate, struct err *err)
+{
+    return store_sqlite.open(&fixture.config, migrate, err);
+}
+
+static void sqlite_backend_exec(const char *sql)
+{
+    char *message = NULL;
+    if (sqlite3_exec(fixture.raw, sql, NULL, NULL, &message) != SQLITE_OK)
+        fail_msg("%s: %s", sql, message);
+}
+
+/* The columns of the first row as text, "|" between them, "NULL" for NULL; "" without a row. */
+static void sqlite_backend_row(const char *sql, char *out, size_t size)
+{
+    sqlite3_stmt *statement = NULL;
+    size_t len = 0;
+    if (sqlite3_prepare_v2(fixture.raw, sql, -1, &statement, NULL) != SQLITE_OK)
+        fail_msg("%s: %s", sql, sqlite3_errmsg(fixture.raw));
+    int result = sqlite3_step(statement);
+    out[0] = '\0';
+    for (int i = 0; result == SQLITE_ROW && i < sqlite3_column_count(statement); i++) {
+        const char *text = (const char *)sqlite3_column_text(statement, i);
+        int n = snprintf(out + len, size - len, "%s%s", i > 0 ? "|" : "", text ? text : "NULL");
+        assert_true(n >= 0 && (size_t)n < size - len);
+        len += (size_t)n;
+    }
+    sqlite3_finalize(statement);
+    if (result != SQLITE_ROW && result != SQLITE_DONE)
+        fail_msg("%s: %s", sql, sqlite3_errmsg(fixture.raw));
+}
+
+static void sqlite_backend_create(void)
+{
+    const char *tmp = getenv("TMPDIR");
+    snprintf(fixture.directory, sizeof fixture.directory, "%.40s/test_store.XXXXXX",
+             tmp != NULL ? tmp : "/tmp");
+    assert_non_null(mkdtemp(fixture.directory));
+    snprintf(fixture.path, sizeof fixture.path, "%s/store.db", fixture.directory);
+    fixture.config = (struct config){0};
+    fixture.config.store.path = fixture.path;
+    fixture.config.store.auto_create = true;
+    fixture.config.store.query_timeout_ms = 5000;
+}
+
+/* After the store has created its schema. */
+static void sqlite_backend_attach(void)
+{
+    assert_int_equal(SQLITE_OK, sqlite3_open(fixture.path, &fixture.raw));
+    sqlite3_busy_timeout(fixture.raw, 5000);
+}
+
+static void sqlite_backend_destroy(void)
+{
+    static const char *const suffixes[] = {"", "-wal", "-shm", "-journal", ".lock"};
+    char path[160];
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    for (size_t i = 0; i < sizeof suffixes / sizeof suffixes[0]; i++) {
+        snprintf(path, sizeof path, "%s%s", fixture.path, suffixes[i]);
+        unlink(path);
+    }
+    rmdir(fixture.directory);
+}
+
+static const struct backend {
+    const struct store_driver *driver;
+    void (*create)(void);
+    void (*attach)(void);
+    void (*destroy)(void);
+    void *(*open)(bool migrate, struct err *err);
+    void (*exec)(const char *sql);
+    void (*row)(const char *sql, char *out, size_t size);
+    const char *a_minute_ago; /* SQL, in the form of the tables */
+    const char *in_an_hour;
+} backend = {
+    .driver = &store_sqlite,
+    .create = sqlite_backend_create,
+    .attach = sqlite_backend_attach,
+    .destroy = sqlite_backend_destroy,
+    .open = sqlite_backend_open,
+    .exec = sqlite_backend_exec,
+    .row = sqlite_backend_row,
+    .a_minute_ago = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-61 seconds')",
+    .in_an_hour = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+1 hour')",
+};
+
+/* ---- helpers ---- */
+
+static void *store;
+static const struct store_driver *driver;
+
+static int setup(void **state)
+{
+    struct err err = {0};
+    (void)state;
+    driver = backend.driver;
+    backend.create();
+    store = backend.open(false, &err);
+    if (store == NULL)
+        fail_msg("%s", err.message);
+    backend.attach();
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    driver->close(store);
+    store = NULL;
+    backend.destroy();
+    return 0;
+}
+
+static int setup_closed(void **state)
+{
+    (void)state;
+    driver = backend.driver;
+    backend.create();
+    return 0;
+}
+
+static int teardown_closed(void **state)
+{
+    (void)state;
+    backend.destroy();
+    return 0;
+}
+
+static void sql(const char *format, ...) PRINTF_LIKE(1, 2);
+static void sql(const char *format, ...)
+{
+    char text[2048];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    backend.exec(text);
+}
+
+/* The rows must say so: a query, and its first row as text. */
+static void expect(const char *expected, const char *format, ...) PRINTF_LIKE(2, 3);
+static void expect(const char *expected, const char *format, ...)
+{
+    char text[2048];
+    char value[2048];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    backend.row(text, value, sizeof value);
+    if (strcmp(expected, value) != 0)
+        fail_msg("%s: expected %s, found %s", text, expected, value);
+}
+
+static int64_t number(const char *text)
+{
+    char value[64];
+    backend.row(text, value, sizeof value);
+    return strtoll(value, NULL, 10);
+}
+
+static int64_t add_token(const char *company, int64_t limit)
+{
+    static int n;
+    char key[64];
+    struct err err = {0};
+    int64_t id = 0;
+    snprintf(key, sizeof key, "AIza-test-key-%06d", ++n);
+    struct store_new_token token = {.company_id = company, .api_key = key, .limit = limit};
+    assert_int_equal(ERR_NONE, driver->token_add(store, "tester", &token, &id, &err));
+    assert_true(id > 0);
+    return id;
+}
+
+static struct store_acquire an_acquire(const char *request_id, const char *company)
+{
+    return (struct store_acquire){.request_id = request_id,
+                                  .sequence = 1,
+                                  .company_id = company,
+                                  .branch = "Köln",
+                                  .requested_by = "jürgen",
+                                  .estimate_tokens = 100,
+                                  .expires_ms = 60000};
+}
+
+static enum store_grant acquire(struct store_acquire *a)
+{
+    struct err err = {0};
+    assert_int_equal(ERR_NONE, driver->acquire(store, &a, 1, &err));
+    if (a->code != ERR_NONE)
+        fail_msg("acquire: %s", a->err.message);
+    return a->grant;
+}
+
+static enum store_grant acquire_new(const char *company, struct store_acquire *a)
+{
+    static char id[UUID_TEXT_SIZE];
+    uuid_v7(id);
+    *a = an_acquire(id, company);
+    return acquire(a);
+}
+
+static struct store_settlement a_settlement(const char *request_id, int64_t token_id, int64_t total)
+{
+    return (struct store_settlement){.request_id = request_id,
+                                     .token_id = token_id,
+                                     .company_id = "NT047",
+                                     .branch = "Köln",
+                                     .requested_by = "jürgen",
+                                     .client_key_id = "ck1",
+                                     .token_source = token_id == 0 ? "fallback" : "store",
+                                     .model = "gemini-3.5-flash",
+                                     .usage = {.input_tokens = 11,
+                                               .output_tokens = 12,
+                                               .text_prompt_tokens = 13,
+                                               .image_prompt_tokens = 14,
+                                               .text_candidates_tokens = 15,
+                                               .thoughts_tokens = 16,
+                                               .cached_tokens = 17,
+                                               .total_tokens = total},
+                                     .request_count = 2,
+                                     .duration_ms = 1234,
+                                     .logged_ms = INT64_C(1795349601123)};
+}
+
+static void settle(struct store_settlement *s)
+{
+    struct err err = {0};
+    assert_int_equal(ERR_NONE, driver->settle(store, &s, 1, &err));
+    if (s->code != ERR_NONE)
+        fail_msg("settle: %s", s->err.message);
+}
+
+/* What must always be true. */
+static void expect_sums(void)
+{
+    expect("0", "SELECT COUNT(*) FROM TokenUsageSummary s WHERE s.TotalUsedTokens <> "
+                "(SELECT COALESCE(SUM(TotalTokensUsed), 0) FROM TokenUsageLogs u "
+                " WHERE u.TokenID = s.TokenID) + "
+                "(SELECT COALESCE(SUM(TotalTokensUsed), 0) FROM TokenUsageMonthly m "
+                " WHERE m.TokenID = s.TokenID)");
+    expect("0", "SELECT COUNT(*) FROM TokenUsageSummary s WHERE s.ReservedTokens <> "
+                "(SELECT COALESCE(SUM(EstimatedTokens), 0) FROM TokenReservations r "
+                " WHERE r.TokenID = s.TokenID AND r.State = 'open')");
+    expect("0", "SELECT COUNT(*) FROM TokenUsageSummary s "
+                "JOIN TokenMaster t ON t.TokenID = s.TokenID "
+                "WHERE t.TotalTokenLimit IS NOT NULL "
+                "AND s.TotalRemainingTokens <> t.TotalTokenLimit - s.TotalUsedTokens");
+    expect("0", "SELECT COUNT(*) FROM TokenUsageSummary s "
+                "JOIN TokenMaster t ON t.TokenID = s.TokenID "
+                "WHERE t.TotalTokenLimit IS NULL AND s.TotalRemainingTokens IS NOT NULL");
+}
+
+#define ID(n) "01900000-0000-7000-8000-00000000000" #n
+
+/* ---- acquire: who gets a token ---- */
+
+static void grants_a_token_and_reserves(void **state)
+{
+    (void)state;
+    add_token("NT047", 1000);
+    struct store_acquire a = an_acquire(ID(1), "nt047");
+    char earliest[CLOCK_TEXT_SIZE];
+    char latest[CLOCK_TEXT_SIZE];
+    char text[64];
+
+    clock_format(clock_wall_ms() + 60000, earliest);
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    clock_format(clock_wall_ms() + 60000, latest);
+    assert_int_equal(1, a.token_id);
+    assert_string_equal("NT047", a.company_id_stored);
+    backend.row("SELECT ApiKey FROM TokenMaster", text, sizeof text);
+    assert_string_equal(text, a.api_key);
+    expect(ID(1) "|1|1|NT047|Köln|jürgen|100|open|0|store|NULL",
+           "SELECT RequestID, Sequence, TokenID, CompanyID, Branch, RequestedBy, EstimatedTokens,"
+           " State, UnknownCalls, TokenSource, ClosedAt FROM TokenReservations");
+    assert_int_equal(getpid(), number("SELECT ProcessID FROM TokenReservations"));
+    expect(log_host(), "SELECT Host FROM TokenReservations");
+    backend.row("SELECT ExpiresAt FROM TokenReservations", text, sizeof text);
+    assert_true(strcmp(earliest, text) <= 0 && strcmp(text, latest) <= 0);
+    expect("100|0", "SELECT ReservedTokens, TotalUsedTokens FROM TokenUsageSummary");
+    expect_sums();
+}
+
+static void grants_again_without_reserving_twice(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 3; i++)
+        add_token("NT047", 1000);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    a.choice = 1;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(2, a.token_id);
+    char key[STORE_API_KEY_SIZE];
+    memcpy(key, a.api_key, sizeof key);
+
+    a.choice = 0;
+    a.previous_token_id = 2;
+    a.previous.fault = STORE_FAULT_DISABLE;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(2, a.token_id);
+    assert_string_equal(key, a.api_key);
+    assert_string_equal("NT047", a.company_id_stored);
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+    expect("100", "SELECT SUM(ReservedTokens) FROM TokenUsageSummary");
+    expect("Active", "SELECT Status FROM TokenMaster WHERE TokenID = 2");
+
+    a = an_acquire(ID(1), "NT047");
+    a.sequence = 2;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("2", "SELECT COUNT(*) FROM TokenReservations");
+}
+
+static void knows_rows_written_by_hand(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('Hand', 'key-by-hand')");
+    expect("Active|NULL|NULL", "SELECT Status, TotalTokenLimit, CooldownUntil FROM TokenMaster");
+    assert_int_equal(GRANT_TOKEN, acquire_new("HAND", &a));
+    assert_string_equal("key-by-hand", a.api_key);
+    assert_string_equal("Hand", a.company_id_stored);
+
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Status) VALUES ('Odd', '', 'Active')");
+    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("Odd", &a));
+}
+
+static void compares_companies_without_case(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    add_token("Müller GmbH", -1);
+    add_token("ΟΔΟΣ", -1);
+    assert_int_equal(GRANT_TOKEN, acquire_new("MÜLLER gmbh", &a));
+    assert_string_equal("Müller GmbH", a.company_id_stored);
+    expect("Müller GmbH", "SELECT CompanyID FROM TokenReservations");
+    assert_int_equal(GRANT_TOKEN, acquire_new("οδος", &a));
+    assert_int_equal(2, a.token_id);
+    assert_int_equal(GRANT_NO_TOKEN, acquire_new("Muller GmbH", &a));
+    assert_int_equal(GRANT_NO_TOKEN, acquire_new("NT047' OR '1'='1", &a));
+    sql("UPDATE TokenMaster SET Status = 'Expired'");
+    assert_int_equal(GRANT_EXPIRED, acquire_new("mÜLLER GMBH", &a));
+    assert_string_equal("Müller GmbH", a.company_id_stored);
+}
+
+static void serves_its_provider_only(void **state)
+{
+    (void)state;
+    static const char *const served[] = {"NULL", "''", "'GOOGLE'", "'gemini'"};
+    struct store_acquire a;
+    for (size_t i = 0; i < 4; i++)
+        sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Provider) VALUES ('P%zu', 'key', %s)", i,
+            served[i]);
+    assert_int_equal(GRANT_TOKEN, acquire_new("P0", &a));
+    assert_int_equal(GRANT_TOKEN, acquire_new("P1", &a));
+    assert_int_equal(GRANT_TOKEN, acquire_new("P2", &a));
+    assert_int_equal(GRANT_TOKEN, acquire_new("P3", &a));
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Provider) VALUES ('X', 'key', 'OpenAI')");
+    a = an_acquire(ID(1), "x");
+    a.fallback_if_none = true;
+    assert_int_equal(GRANT_NO_TOKEN, acquire(&a));
+    assert_string_equal("X", a.company_id_stored);
+    /* one that would decide, were its provider ours */
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Provider, Status, CreatedAt)"
+        " VALUES ('X', 'key', 'Gemini', 'Expired', '2020-01-01 00:00:00')");
+    assert_int_equal(GRANT_EXPIRED, acquire_new("x", &a));
+}
+
+static void chooses_among_the_usable(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    int64_t ids[4];
+    for (int i = 0; i < 4; i++)
+        ids[i] = add_token("NT047", -1);
+    sql("UPDATE TokenMaster SET Status = 'Disabled' WHERE TokenID = %lld", (long long)ids[1]);
+    const int64_t expected[] = {ids[0], ids[2], ids[3], ids[0], ids[2]};
+    for (uint64_t choice = 0; choice < 5; choice++) {
+        char id[UUID_TEXT_SIZE];
+        uuid_v7(id);
+        a = an_acquire(id, "NT047");
+        a.choice = choice;
+        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        assert_int_equal(expected[choice], a.token_id);
+    }
+    char id[UUID_TEXT_SIZE];
+    uuid_v7(id);
+    a = an_acquire(id, "NT047");
+    a.choice = UINT64_MAX; /* 2^64 - 1 is a multiple of 3 */
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(ids[0], a.token_id);
+}
+
+static void the_newest_token_decides_the_message(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    assert_int_equal(GRANT_NO_TOKEN, acquire_new("NT047", &a));
+    assert_string_equal("NT047", a.company_id_stored);
+    assert_int_equal(0, a.token_id);
+    assert_string_equal("", a.api_key);
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Status, CreatedAt)"
+        " VALUES ('NT047', 'key', 'expired', '2026-03-01 12:00:00')");
+    assert_int_equal(GRANT_EXPIRED, acquire_new("NT047", &a));
+    /* later on the same day, in the other form: as text it would come first */
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Status, CreatedAt)"
+        " VALUES ('NT047', 'key', 'DISABLED', '2026-03-01T11:59:59.999Z')");
+    assert_int_equal(GRANT_EXPIRED, acquire_new("NT047", &a));
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Status, CreatedAt)"
+        " VALUES ('NT047', 'key', 'Exceeded', '2026-03-01T12:00:00.000Z')");
+    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
+    sql("UPDATE TokenMaster SET Status = 'who knows' WHERE TokenID = 3");
+    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
+    sql("UPDATE TokenMaster SET Status = 'aCTIVE' WHERE TokenID = 1");
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    assert_int_equal(1, a.token_id);
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+}
+
+/* ---- acquire: room ---- */
+
+static void keeps_to_the_limit(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    int64_t id = add_token("NT047", 250);
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a)); /* 100 */
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a)); /* 200 */
+    assert_int_equal(GRANT_BUSY, acquire_new("NT047", &a));
+    a = an_acquire(ID(1), "NT047");
+    a.estimate_tokens = 50;
+    assert_int_equal(GRANT_TOKEN, acquire(&a)); /* 250: exactly */
+    expect("250", "SELECT ReservedTokens FROM TokenUsageSummary");
+
+    /* nothing reserved: used < limit is enough, whatever the estimate */
+    sql("UPDATE TokenReservations SET State = 'released', ClosedAt = CreatedAt");
+    sql("UPDATE TokenUsageSummary SET ReservedTokens = 0");
+    struct store_settlement s = a_settlement(ID(2), id, 249);
+    settle(&s);
+    a = an_acquire(ID(3), "NT047");
+    a.estimate_tokens = 1000000;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(GRANT_BUSY, acquire_new("NT047", &a));
+
+    /* used up, although still Active: by hand */
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 249");
+    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
+    sql("UPDATE TokenMaster SET TotalTokenLimit = NULL");
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+}
+
+static void makes_a_missing_summary(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, TotalTokenLimit) VALUES ('NT047', 'key', "
+        "1000)");
+    sql("INSERT INTO TokenUsageLogs (TokenID, TotalTokensUsed) VALUES (1, 300)");
+    sql("INSERT INTO TokenUsageMonthly (TokenID, Month, TotalTokensUsed) VALUES (1, '2026-01', "
+        "400)");
+    a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("700|300|100|0.8",
+           "SELECT TotalUsedTokens, TotalRemainingTokens, ReservedTokens, Threshold"
+           " FROM TokenUsageSummary");
+    expect_sums();
+    /* and one that was deleted while reservations are open; settling makes it, too */
+    sql("DELETE FROM TokenUsageSummary");
+    struct store_settlement s = a_settlement(ID(2), 1, 50);
+    settle(&s);
+    expect("750|250|100",
+           "SELECT TotalUsedTokens, TotalRemainingTokens, ReservedTokens FROM TokenUsageSummary");
+    /* what was used counts before the row is there */
+    sql("DELETE FROM TokenUsageSummary");
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 750");
+    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
+}
+
+/* ---- acquire: cooling, tried, at fault ---- */
+
+static void waits_for_what_cools_or_was_tried(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    int64_t first = add_token("NT047", -1);
+    int64_t second = add_token("NT047", -1);
+    const struct store_exclusion both_tried[] = {{first, false}, {second, false}};
+    const struct store_exclusion both_at_fault[] = {{first, true}, {second, true}};
+
+    a = an_acquire(ID(1), "NT047");
+    a.excluded = both_tried;
+    a.excluded_count = 1;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(second, a.token_id);
+
+    a = an_acquire(ID(2), "NT047");
+    a.excluded = both_tried;
+    a.excluded_count = 2;
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    assert_int_equal(0, a.first_usable_ms);
+    assert_false(a.busy_too);
+
+    a.excluded = both_at_fault;
+    assert_int_equal(GRANT_UNAVAILABLE, acquire(&a));
+    assert_int_equal(0, a.first_usable_ms);
+
+    /* both cool down: the one that is first usable counts */
+    a = an_acquire(ID(3), "NT047");
+    a.excluded = both_at_fault + 1;
+    a.excluded_count = 1;
+    a.previous_token_id = first;
+    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 30000, "quota"};
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    assert_true(a.first_usable_ms > 25000 && a.first_usable_ms <= 30000);
+    a = an_acquire(ID(4), "NT047");
+    a.previous_token_id = second;
+    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 10000, "quota"};
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    assert_true(a.first_usable_ms > 5000 && a.first_usable_ms <= 10000);
+    assert_false(a.busy_too);
+
+    /* tried, and it cools down: the cooldown is waited for */
+    a.previous_token_id = 0;
+    a.excluded = both_tried;
+    a.excluded_count = 2;
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    assert_true(a.first_usable_ms > 5000 && a.first_usable_ms <= 10000);
+
+    /* over: usable again */
+    sql("UPDATE TokenMaster SET CooldownUntil = %s WHERE TokenID = 1", backend.a_minute_ago);
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    assert_int_equal(first, a.token_id);
+}
+
+static void tells_cooling_from_busy(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    int64_t busy = add_token("NT047", 150);
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    int64_t cooling = add_token("NT047", -1);
+    sql("UPDATE TokenMaster SET CooldownUntil = %s WHERE TokenID = %lld", backend.in_an_hour,
+        (long long)cooling);
+    assert_int_equal(GRANT_COOLING, acquire_new("NT047", &a));
+    assert_true(a.first_usable_ms > 3500000 && a.first_usable_ms <= 3600000);
+    assert_true(a.busy_too);
+
+    /* tried, but without room: room is what to wait for */
+    const struct store_exclusion excluded[] = {{busy, false}, {cooling, true}};
+    a = an_acquire(ID(1), "NT047");
+    a.excluded = excluded;
+    a.excluded_count = 2;
+    assert_int_equal(GRANT_BUSY, acquire(&a));
+
+    /* a cooling one that is used up is not waited for */
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 0 WHERE TokenID = %lld", (long long)cooling);
+    assert_int_equal(GRANT_BUSY, acquire_new("NT047", &a));
+}
+
+/* ---- acquire: the token before ---- */
+
+static void a_cooldown_is_never_shortened(void **state)
+{
+    (void)state;
+    char until[64];
+    char again[64];
+    add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    a.previous_token_id = 1;
+    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 60000, "429: quota"};
+    int64_t before = clock_wall_ms();
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    backend.row("SELECT CooldownUntil FROM TokenMaster", until, sizeof until);
+    clock_format(before + 60000, again);
+    assert_true(strcmp(until, again) >= 0);
+    expect("429: quota|Active", "SELECT StatusReason, Status FROM TokenMaster");
+
+    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 1000, "again"};
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    expect(until, "SELECT CooldownUntil FROM TokenMaster");
+    expect("0", "SELECT COUNT(*) FROM AuditLog WHERE Action <> 'token added'");
+}
+
+static void releases_what_the_token_before_held(void **state)
+{
+    (void)state;
+    int64_t first = add_token("NT047", -1);
+    int64_t second = add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_acquire other = an_acquire(ID(2), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&other));
+
+    a.sequence = 2;
+    a.previous_token_id = first;
+    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 60000, NULL};
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(second, a.token_id);
+    expect("released", "SELECT State FROM TokenReservations WHERE RequestID = '" ID(
+                           1) "'"
+                              " AND Sequence = 1 AND ClosedAt IS NOT NULL");
+    expect("open", "SELECT State FROM TokenReservations WHERE RequestID = '" ID(2) "'");
+    expect("100", "SELECT ReservedTokens FROM TokenUsageSummary WHERE TokenID = 1");
+    expect_sums();
+
+    /* spent: a settlement will follow */
+    a.sequence = 3;
+    a.previous_token_id = second;
+    a.previous_spent = true;
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    expect("open", "SELECT State FROM TokenReservations WHERE TokenID = 2");
+    expect("100", "SELECT ReservedTokens FROM TokenUsageSummary WHERE TokenID = 2");
+
+    /* asked again, not spent: once */
+    a.previous_spent = false;
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    expect("0", "SELECT ReservedTokens FROM TokenUsageSummary WHERE TokenID = 2");
+    expect_sums();
+}
+
+static void releases_only_the_last_reservation_of_a_token(void **state)
+{
+    (void)state;
+    int64_t first = add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a.sequence = 2;
+    a.previous_token_id = first;
+    a.previous_spent = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a.sequence = 3;
+    a.previous_spent = false;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("open", "SELECT State FROM TokenReservations WHERE Sequence = 1");
+    expect("released", "SELECT State FROM TokenReservations WHERE Sequence = 2");
+    expect_sums();
+}
+
+static void disables_a_token_at_fault(void **state)
+{
+    (void)state;
+    int64_t first = add_token("NT047", -1);
+    int64_t second = add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    a.previous_token_id = first;
+    a.previous = (struct store_token_fault){STORE_FAULT_DISABLE, 0, "API_KEY_INVALID: no"};
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(second, a.token_id);
+    assert_false(a.disabling_stopped);
+    expect("Disabled|at fault: API_KEY_INVALID: no",
+           "SELECT Status, StatusReason FROM TokenMaster WHERE TokenID = 1");
+    expect("extract-fcgi|token status changed|TokenMaster|1|NT047|" ID(1),
+           "SELECT Actor, Action, ObjectType, ObjectID, CompanyID, RequestID FROM AuditLog"
+           " ORDER BY AuditID DESC LIMIT 1");
+
+    struct store_acquire b = an_acquire(ID(2), "NT047");
+    b.previous_token_id = second;
+    b.previous = (struct store_token_fault){STORE_FAULT_EXCEED, 0, "402: credit used up"};
+    assert_int_equal(GRANT_UNAVAILABLE, acquire(&b));
+    expect("Exceeded|402: credit used up",
+           "SELECT Status, StatusReason FROM TokenMaster WHERE TokenID = 2");
+
+    /* only an Active token loses its status, and keeps the reason; nothing more is audited */
+    b.previous_token_id = first;
+    assert_int_equal(GRANT_UNAVAILABLE, acquire(&b));
+    b.previous_token_id = second;
+    b.previous.fault = STORE_FAULT_DISABLE;
+    assert_int_equal(GRANT_UNAVAILABLE, acquire(&b));
+    b.previous_token_id = first;
+    b.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 1000, "late"};
+    assert_int_equal(GRANT_UNAVAILABLE, acquire(&b));
+    expect("Disabled|at fault: API_KEY_INVALID: no",
+           "SELECT Status, StatusReason FROM TokenMaster WHERE TokenID = 1");
+    expect("Exceeded|402: credit used up",
+           "SELECT Status, StatusReason FROM TokenMaster WHERE TokenID = 2");
+    expect("2", "SELECT COUNT(*) FROM AuditLog WHERE Actor = 'extract-fcgi'");
+}
+
+static void a_long_reason_is_cut_between_characters(void **state)
+{
+    (void)state;
+    char reason[3000];
+    add_token("NT047", -1);
+    memset(reason, 'x', sizeof reason);
+    reason[sizeof reason - 1] = '\0';
+    memcpy(reason + 799, "é", 2); /* its second byte is the first too many */
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    a.previous_token_id = 1;
+    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 1000, reason};
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    char stored[2048];
+    backend.row("SELECT StatusReason FROM TokenMaster", stored, sizeof stored);
+    assert_int_equal(799, strlen(stored));
+}
+
+static enum store_grant fail_token(int64_t token_id, const char *company, bool *stopped)
+{
+    char id[UUID_TEXT_SIZE];
+    uuid_v7(id);
+    struct store_acquire a = an_acquire(id, company);
+    a.previous_token_id = token_id;
+    a.previous = (struct store_token_fault){STORE_FAULT_DISABLE, 0, "bad key"};
+    enum store_grant grant = acquire(&a);
+    *stopped = a.disabling_stopped;
+    return grant;
+}
+
+static void disabling_stops_at_three_companies_in_a_minute(void **state)
+{
+    (void)state;
+    bool stopped = true;
+    int64_t a1 = add_token("A", -1);
+    int64_t a2 = add_token("a", -1);
+    int64_t a3 = add_token("A", -1);
+    int64_t b1 = add_token("B", -1);
+    int64_t c1 = add_token("C", -1);
+    int64_t d1 = add_token("D", -1);
+
+    /* three tokens of one company, however spelled, are one company */
+    fail_token(a1, "A", &stopped);
+    fail_token(a2, "A", &stopped);
+    assert_int_equal(GRANT_UNAVAILABLE, fail_token(a3, "A", &stopped));
+    assert_int_equal(GRANT_UNAVAILABLE, fail_token(b1, "B", &stopped));
+    assert_false(stopped);
+    expect("4", "SELECT COUNT(*) FROM TokenMaster WHERE Status = 'Disabled'");
+
+    assert_int_equal(GRANT_COOLING, fail_token(c1, "C", &stopped));
+    assert_true(stopped);
+    expect("Active|at fault: bad key (not disabled: tokens of several companies at fault within a "
+           "minute)",
+           "SELECT Status, StatusReason FROM TokenMaster WHERE CompanyID = 'C'");
+    char until[64];
+    char expected[CLOCK_TEXT_SIZE];
+    backend.row("SELECT CooldownUntil FROM TokenMaster WHERE CompanyID = 'C'", until, sizeof until);
+    clock_format(clock_wall_ms() + 595000, expected);
+    assert_true(strcmp(until, expected) > 0);
+
+    /* said once */
+    assert_int_equal(GRANT_COOLING, fail_token(d1, "D", &stopped));
+    assert_false(stopped);
+    expect("1", "SELECT COUNT(*) FROM AuditLog WHERE Action = 'disabling stopped'");
+
+    /* a minute later: again */
+    sql("UPDATE TokenMaster SET UpdatedAt = %s", backend.a_minute_ago);
+    sql("UPDATE AuditLog SET Timestamp = %s", backend.a_minute_ago);
+    assert_int_equal(GRANT_UNAVAILABLE, fail_token(d1, "D", &stopped));
+    expect("Disabled", "SELECT Status FROM TokenMaster WHERE CompanyID = 'D'");
+    sql("UPDATE TokenMaster SET UpdatedAt = (SELECT MAX(UpdatedAt) FROM TokenMaster)");
+    assert_int_equal(GRANT_COOLING, fail_token(c1, "C", &stopped));
+    assert_true(stopped);
+}
+
+/* ---- acquire: the fallback key ---- */
+
+static void falls_back_for_known_companies_only(void **state)
+{
+    (void)state;
+    struct store_acquire a = an_acquire(ID(1), "nt047");
+    a.fallback_if_none = true;
+    assert_int_equal(GRANT_NO_TOKEN, acquire(&a));
+    add_token("NT047", -1);
+    sql("UPDATE TokenMaster SET Status = 'Expired'");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(0, a.token_id);
+    assert_string_equal("", a.api_key);
+    assert_string_equal("NT047", a.company_id_stored);
+    expect("NULL|NT047|open|fallback",
+           "SELECT TokenID, CompanyID, State, TokenSource FROM TokenReservations");
+    /* again */
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(0, a.token_id);
+    assert_string_equal("NT047", a.company_id_stored);
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+
+    sql("UPDATE TokenMaster SET Status = 'Disabled'");
+    a = an_acquire(ID(2), "NT047");
+    a.fallback_if_none = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+
+    /* an Active token that cannot serve now is no want of one */
+    sql("UPDATE TokenMaster SET Status = 'Active', CooldownUntil = %s", backend.in_an_hour);
+    a = an_acquire(ID(3), "NT047");
+    a.fallback_if_none = true;
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+}
+
+static void reserves_for_the_fallback_key_alone(void **state)
+{
+    (void)state;
+    add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "nt047");
+    a.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(0, a.token_id);
+    assert_string_equal("NT047", a.company_id_stored);
+    a = an_acquire(ID(2), "Nobody");
+    a.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("Nobody|NULL|fallback", "SELECT CompanyID, TokenID, TokenSource FROM TokenReservations"
+                                   " WHERE RequestID = '" ID(2) "'");
+    expect("0", "SELECT SUM(ReservedTokens) FROM TokenUsageSummary");
+}
+
+/* ---- batches ---- */
+
+static void a_bad_acquire_fails_alone(void **state)
+{
+    (void)state;
+    char long_text[300];
+    struct store_acquire items[9];
+    struct store_acquire *pointers[9];
+    struct err err = {0};
+    static const char *const ids[] = {ID(1), ID(2), ID(3), ID(4), ID(5),
+                                      ID(6), ID(7), ID(8), ID(9)};
+
+    memset(long_text, 'x', sizeof long_text);
+    long_text[sizeof long_text - 1] = '\0';
+    add_token("NT047", -1);
+    for (size_t i = 0; i < 9; i++) {
+        items[i] = an_acquire(ids[i], "NT047");
+        pointers[i] = &items[i];
+    }
+    items[0].company_id = "";
+    items[1].company_id = long_text;
+    items[2].estimate_tokens = -1;
+    items[3].branch = long_text;
+    items[4].sequence = 0;
+    items[5].request_id = "";
+    items[6].previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, -1, NULL};
+    items[7].expires_ms = -1;
+    assert_int_equal(ERR_NONE, driver->acquire(store, pointers, 9, &err));
+    for (size_t i = 0; i < 8; i++) {
+        assert_int_equal(ERR_BAD_VALUE, items[i].code);
+        assert_int_equal(ERR_BAD_VALUE, items[i].err.code);
+        assert_true(items[i].err.message[0] != '\0');
+        assert_null(strstr(items[i].err.message, "xxx"));
+        assert_string_equal("", items[i].api_key);
+    }
+    assert_int_equal(ERR_NONE, items[8].code);
+    assert_int_equal(GRANT_TOKEN, items[8].grant);
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+}
+
+static void a_batch_sees_itself(void **state)
+{
+    (void)state;
+    struct store_acquire items[4];
+    struct store_acquire *pointers[4];
+    struct err err = {0};
+    static const char *const ids[] = {ID(1), ID(2), ID(3), ID(1)};
+
+    add_token("NT047", 250);
+    for (size_t i = 0; i < 4; i++) {
+        items[i] = an_acquire(ids[i], "NT047");
+        pointers[i] = &items[i];
+    }
+    assert_int_equal(ERR_NONE, driver->acquire(store, pointers, 4, &err));
+    assert_int_equal(GRANT_TOKEN, items[0].grant);
+    assert_int_equal(GRANT_TOKEN, items[1].grant);
+    assert_int_equal(GRANT_BUSY, items[2].grant);
+    assert_int_equal(GRANT_TOKEN, items[3].grant); /* the first again */
+    expect("2", "SELECT COUNT(*) FROM TokenReservations");
+    expect_sums();
+}
+
+static void a_bad_settlement_fails_alone(void **state)
+{
+    (void)state;
+    char long_text[300];
+    struct store_settlement items[10];
+    struct store_settlement *pointers[10];
+    struct err err = {0};
+
+    memset(long_text, 'x', sizeof long_text);
+    long_text[sizeof long_text - 1] = '\0';
+    int64_t id = add_token("NT047", -1);
+    for (size_t i = 0; i < 10; i++) {
+        items[i] = a_settlement(ID(1), id, 30);
+        pointers[i] = &items[i];
+    }
+    items[0].usage.cached_tokens = -1;
+    items[1].request_count = -1;
+    items[2].requested_by = long_text;
+    items[3].token_source = "elsewhere";
+    items[4].request_id = long_text;
+    items[5].token_id = 4711; /* deleted meanwhile: found out inside the transaction */
+    items[6].duration_ms = -1;
+    items[7].usage.total_tokens = INT64_MAX;
+    items[8].logged_ms = -1;
+    assert_int_equal(ERR_NONE, driver->settle(store, pointers, 10, &err));
+    for (size_t i = 0; i < 9; i++) {
+        assert_int_equal(ERR_BAD_VALUE, items[i].code);
+        assert_null(strstr(items[i].err.message, "xxx"));
+    }
+    assert_int_equal(ERR_NONE, items[9].code);
+    expect("1|30", "SELECT COUNT(*), SUM(TotalTokensUsed) FROM TokenUsageLogs");
+    expect("0", "SELECT COUNT(*) FROM TokenReservations");
+    expect_sums();
+}
+
+/* ---- settle ---- */
+
+static void writes_every_column_of_a_usage_row(void **state)
+{
+    (void)state;
+    add_token("NT047", 1000);
+    struct store_acquire a = an_acquire(ID(1), "nt047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_settlement s = a_settlement(ID(1), 1, 99);
+    s.company_id = "nt047";
+    s.unknown_calls = 3;
+    settle(&s);
+    expect("1|1|Köln|jürgen|11|12|13|14|15|99|2|2026-11-22T12:13:21.123Z",
+           "SELECT UsageID, TokenID, Branch, RequestedBy, InputTokens, OutputTokens,"
+           " TextPromptTokens, ImagePromptTokens, TextCandidatesTokens, TotalTokensUsed,"
+           " RequestCount, LoggedAt FROM TokenUsageLogs");
+    expect(ID(1) "|NT047|ck1|store|16|17|3|gemini-3.5-flash|1234",
+           "SELECT RequestID, CompanyID, ClientKeyID, TokenSource, ThoughtsTokens, CachedTokens,"
+           " UnknownCalls, Model, DurationMs FROM TokenUsageLogs");
+    expect("99|901|0|NULL", "SELECT TotalUsedTokens, TotalRemainingTokens, ReservedTokens,"
+                            " ThresholdCrossedAt FROM TokenUsageSummary");
+    expect("settled", "SELECT State FROM TokenReservations WHERE ClosedAt IS NOT NULL");
+    assert_false(s.threshold_crossed || s.exceeded || s.disabling_stopped);
+    expect_sums();
+}
+
+static void settles_once(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", 100);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_settlement s = a_settlement(ID(1), id, 100);
+    settle(&s);
+    assert_true(s.threshold_crossed && s.exceeded);
+    s.fault.fault = STORE_FAULT_COOLDOWN;
+    s.fault.cooldown_ms = 1000;
+    settle(&s);
+    assert_false(s.threshold_crossed || s.exceeded);
+    expect("NULL", "SELECT CooldownUntil FROM TokenMaster");
+    /* late news of less changes nothing either */
+    s.request_count = 0;
+    s.unknown_calls = 1;
+    settle(&s);
+    expect("1|100", "SELECT COUNT(*), SUM(TotalTokensUsed) FROM TokenUsageLogs");
+    expect("settled|0", "SELECT State, UnknownCalls FROM TokenReservations");
+    expect_sums();
+
+    /* another token of the same request is another row; so is the fallback key, once */
+    int64_t other = add_token("NT047", -1);
+    s = a_settlement(ID(1), other, 7);
+    settle(&s);
+    s = a_settlement(ID(1), 0, 8);
+    settle(&s);
+    settle(&s);
+    expect("3", "SELECT COUNT(*) FROM TokenUsageLogs");
+    expect("1|fallback", "SELECT COUNT(*), MIN(TokenSource) FROM TokenUsageLogs"
+                         " WHERE TokenID IS NULL");
+    expect_sums();
+}
+
+static void settles_all_reservations_of_a_token(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a.sequence = 2;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("200", "SELECT ReservedTokens FROM TokenUsageSummary");
+    struct store_settlement s = a_settlement(ID(1), id, 5);
+    settle(&s);
+    expect("2", "SELECT COUNT(*) FROM TokenReservations WHERE State = 'settled'");
+    expect("0", "SELECT ReservedTokens FROM TokenUsageSummary");
+    expect("5|NULL", "SELECT TotalUsedTokens, TotalRemainingTokens FROM TokenUsageSummary");
+    expect_sums();
+}
+
+static void unknown_calls_stay_unsettled_until_a_settlement_comes(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a.sequence = 2;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_settlement s = a_settlement(ID(1), id, 0);
+    s.request_count = 0;
+    s.unknown_calls = 2;
+    settle(&s);
+    settle(&s);
+    expect("1|2|NULL", "SELECT COUNT(*), SUM(UnknownCalls), MAX(ClosedAt) FROM TokenReservations"
+                       " WHERE State = 'unsettled'");
+    expect("1|0", "SELECT COUNT(*), SUM(UnknownCalls) FROM TokenReservations"
+                  " WHERE State = 'released'");
+    expect(ID(1), "SELECT RequestID FROM vw_UnsettledRequests");
+    expect("0", "SELECT ReservedTokens FROM TokenUsageSummary");
+    expect("0", "SELECT COUNT(*) FROM TokenUsageLogs");
+
+    s = a_settlement(ID(1), id, 50);
+    settle(&s);
+    expect("settled|1", "SELECT State, ClosedAt IS NOT NULL FROM TokenReservations"
+                        " WHERE Sequence = 2");
+    expect("0", "SELECT COUNT(*) FROM vw_UnsettledRequests");
+    expect_sums();
+}
+
+static void a_lost_reservation_is_left_unsettled(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", -1);
+    struct store_settlement s = a_settlement(ID(1), id, 0);
+    s.request_count = 0;
+    s.unknown_calls = 1;
+    settle(&s);
+    settle(&s);
+    struct store_settlement fallback = a_settlement(ID(1), 0, 0);
+    fallback.request_count = 0;
+    fallback.unknown_calls = 1;
+    settle(&fallback);
+    expect("2", "SELECT COUNT(*) FROM vw_UnsettledRequests");
+    expect("1|NT047|store|1", "SELECT TokenID, CompanyID, TokenSource, UnknownCalls"
+                              " FROM TokenReservations WHERE TokenID IS NOT NULL");
+    /* an acquire that comes after all finds its own number free */
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("open", "SELECT State FROM TokenReservations WHERE Sequence = 1");
+    expect_sums();
+}
+
+static void nothing_spent_is_released(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_settlement s = a_settlement(ID(1), id, 0);
+    s.request_count = 0;
+    settle(&s);
+    settle(&s);
+    expect("released|1", "SELECT State, ClosedAt IS NOT NULL FROM TokenReservations");
+    expect("0|0", "SELECT ReservedTokens, TotalUsedTokens FROM TokenUsageSummary");
+    expect("0", "SELECT COUNT(*) FROM TokenUsageLogs");
+
+    a = an_acquire(ID(2), "Someone");
+    a.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    s = a_settlement(ID(2), 0, 5);
+    s.company_id = "SOMEONE";
+    settle(&s);
+    expect("settled", "SELECT State FROM TokenReservations WHERE TokenID IS NULL");
+    expect("Someone|NULL", "SELECT CompanyID, TokenID FROM TokenUsageLogs");
+    expect_sums();
+}
+
+static void the_threshold_is_crossed_once_and_the_limit_ends_a_token(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", 100);
+    struct store_settlement s = a_settlement(ID(1), id, 79);
+    settle(&s);
+    assert_false(s.threshold_crossed || s.exceeded);
+    expect("NULL", "SELECT ThresholdCrossedAt FROM TokenUsageSummary");
+    s = a_settlement(ID(2), id, 1);
+    settle(&s);
+    assert_true(s.threshold_crossed);
+    assert_false(s.exceeded);
+    expect("1", "SELECT ThresholdCrossedAt IS NOT NULL FROM TokenUsageSummary");
+    s = a_settlement(ID(3), id, 19);
+    settle(&s);
+    assert_false(s.threshold_crossed || s.exceeded);
+    expect("Active", "SELECT Status FROM TokenMaster");
+    s = a_settlement(ID(4), id, 5);
+    settle(&s);
+    assert_true(s.exceeded);
+    expect("Exceeded|limit of 100 tokens reached", "SELECT Status, StatusReason FROM TokenMaster");
+    expect("104|-4", "SELECT TotalUsedTokens, TotalRemainingTokens FROM TokenUsageSummary");
+    expect("extract-fcgi", "SELECT Actor FROM AuditLog WHERE Action = 'token status changed'");
+    s = a_settlement(ID(5), id, 5);
+    settle(&s);
+    assert_false(s.exceeded);
+    expect_sums();
+
+    /* a status that somebody set stays */
+    id = add_token("Other", 10);
+    sql("UPDATE TokenMaster SET Status = 'Expired' WHERE TokenID = %lld", (long long)id);
+    s = a_settlement(ID(6), id, 10);
+    settle(&s);
+    assert_false(s.exceeded);
+    expect("Expired", "SELECT Status FROM TokenMaster WHERE TokenID = %lld", (long long)id);
+}
+
+static void a_settlement_brings_a_fault(void **state)
+{
+    (void)state;
+    bool stopped = false;
+    int64_t id = add_token("NT047", -1);
+    struct store_settlement s = a_settlement(ID(1), id, 0);
+    s.request_count = 0;
+    s.fault = (struct store_token_fault){STORE_FAULT_DISABLE, 0, "leaked"};
+    settle(&s);
+    expect("Disabled|at fault: leaked", "SELECT Status, StatusReason FROM TokenMaster");
+    int64_t other = add_token("Other", -1);
+    fail_token(other, "Other", &stopped);
+    int64_t third = add_token("Third", -1);
+    s = a_settlement(ID(2), third, 5);
+    s.fault = (struct store_token_fault){STORE_FAULT_DISABLE, 0, "leaked"};
+    settle(&s);
+    assert_true(s.disabling_stopped);
+    expect("Active", "SELECT Status FROM TokenMaster WHERE CompanyID = 'Third'");
+    expect("1", "SELECT COUNT(*) FROM TokenUsageLogs");
+}
+
+/* ---- in the background ---- */
+
+static void reservations_of_the_dead_become_unsettled(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int expired = -1;
+    int64_t id = add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    a.expires_ms = 0;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_acquire fallback = an_acquire(ID(2), "NT047");
+    fallback.expires_ms = 0;
+    fallback.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&fallback));
+    struct store_acquire alive = an_acquire(ID(3), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&alive));
+    usleep(5000);
+    assert_int_equal(ERR_NONE, driver->expire_reservations(store, &expired, &err));
+    assert_int_equal(2, expired);
+    expect("2|2", "SELECT COUNT(*), SUM(UnknownCalls) FROM vw_UnsettledRequests");
+    expect("open|0", "SELECT State, UnknownCalls FROM TokenReservations"
+                     " WHERE RequestID = '" ID(3) "'");
+    expect("100", "SELECT ReservedTokens FROM TokenUsageSummary");
+    assert_int_equal(ERR_NONE, driver->expire_reservations(store, &expired, &err));
+    assert_int_equal(0, expired);
+    expect_sums();
+
+    /* not dead after all */
+    struct store_settlement s = a_settlement(ID(1), id, 5);
+    settle(&s);
+    expect("settled|0", "SELECT State, UnknownCalls FROM TokenReservations"
+                        " WHERE RequestID = '" ID(1) "'");
+    expect("100", "SELECT ReservedTokens FROM TokenUsageSummary");
+    expect_sums();
+}
+
+static void records_entries_and_attempts(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct log_entry full = {.wall_ms = INT64_C(1795349601123),
+                             .level = LOG_CRITICAL,
+                             .logger = "gemini",
+                             .message = "naïve",
+                             .exception = "because",
+                             .module = "gemini.c",
+                             .function = "call",
+                             .line = 42,
+                             .request_id = ID(1)};
+    struct log_entry bare = {
+        .level = LOG_INFO, .logger = "main", .message = "up", .module = "main.c"};
+    struct log_entry *entries[] = {&full, &bare};
+    struct store_retry_attempt answered = {.token_id = 77,
+                                           .wall_ms = INT64_C(1795349601123),
+                                           .attempt = 2,
+                                           .is_retryable = true,
+                                           .status_code = 503,
+                                           .delay_ms = 1500,
+                                           .request_id = ID(1),
+                                           .company_id = "NT047",
+                                           .error_message = "overloaded"};
+    struct store_retry_attempt broken = {.attempt = 1, .request_id = ID(2), .company_id = "NT047"};
+    const struct store_retry_attempt *attempts[] = {&answered, &broken};
+
+    assert_int_equal(ERR_NONE, driver->record(store, entries, 2, attempts, 2, &err));
+    expect("2026-11-22T12:13:21.123Z|CRITICAL|gemini|naïve|because|gemini.c|call|42|" ID(1),
+           "SELECT Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName,"
+           " LineNumber, RequestID FROM ApplicationLogs WHERE LogID = 1");
+    expect(log_host(), "SELECT Host FROM ApplicationLogs WHERE LogID = 1");
+    expect("INFO|NULL|NULL", "SELECT LogLevel, Exception, RequestID FROM ApplicationLogs"
+                             " WHERE LogID = 2");
+    expect("77|NT047|2|overloaded|1|2026-11-22T12:13:21.123Z|" ID(1) "|503|1500",
+           "SELECT TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable, Timestamp, RequestID,"
+           " StatusCode, DelayMs FROM RetryAttempts WHERE RetryID = 1");
+    expect("NULL|0|NULL|0", "SELECT TokenID, IsRetryable, StatusCode, DelayMs FROM RetryAttempts"
+                            " WHERE RetryID = 2");
+    assert_int_equal(ERR_NONE, driver->record(store, NULL, 0, NULL, 0, &err));
+    expect("2", "SELECT COUNT(*) FROM vw_FailedRetries");
+    sql("UPDATE ApplicationLogs SET Timestamp = %s", backend.in_an_hour);
+    expect("1", "SELECT COUNT(*) FROM vw_RecentErrors");
+}
+
+/* ---- administration ---- */
+
+static void adds_tokens(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int64_t id = 0;
+    struct store_new_token t = {.company_id = "NT047",
+                                .company_name = "Nord Ltd",
+                                .api_key = "AIza-very-secret",
+                                .limit = 500,
+                                .threshold = 0.5};
+    assert_int_equal(ERR_NONE, driver->token_add(store, "anna", &t, &id, &err));
+    assert_int_equal(1, id);
+    expect("1|NT047|Nord Ltd|AIza-very-secret|Gemini|500|Active",
+           "SELECT TokenID, CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, Status"
+           " FROM TokenMaster");
+    expect("0|500|0.5|0", "SELECT TotalUsedTokens, TotalRemainingTokens, Threshold, ReservedTokens"
+                          " FROM TokenUsageSummary WHERE TokenID = 1");
+    expect("anna|token added|TokenMaster|1|NT047",
+           "SELECT Actor, Action, ObjectType, ObjectID, CompanyID FROM AuditLog");
+    expect("0", "SELECT COUNT(*) FROM AuditLog WHERE Detail LIKE '%%secret%%'");
+
+    t.limit = -1;
+    t.threshold = 0;
+    t.provider = "Google";
+    assert_int_equal(ERR_NONE, driver->token_add(store, "anna", &t, &id, &err));
+    expect("Google|NULL|0.8|NULL",
+           "SELECT Provider, TotalTokenLimit, Threshold, TotalRemainingTokens FROM TokenMaster t"
+           " JOIN TokenUsageSummary s ON s.TokenID = t.TokenID WHERE t.TokenID = 2");
+}
+
+static void refuses_bad_tokens(void **state)
+{
+    (void)state;
+    static const struct store_new_token bad[] = {
+        {.company_id = "", .api_key = "key", .limit = -1},
+        {.company_id = " NT047", .api_key = "key", .limit = -1},
+        {.company_id = "NT\n047", .api_key = "key", .limit = -1},
+        {.company_id = "NT047", .api_key = "", .limit = -1},
+        {.company_id = "NT047", .api_key = NULL, .limit = -1},
+        {.company_id = "NT047", .api_key = "two words", .limit = -1},
+        {.company_id = "NT047", .api_key = "key\n", .limit = -1},
+        {.company_id = "NT047", .api_key = "key", .limit = -2},
+        {.company_id = "NT047", .api_key = "key", .limit = -1, .threshold = 1.1},
+        {.company_id = "NT047", .api_key = "key", .limit = -1, .threshold = -0.1},
+        {.company_id = NULL, .api_key = "key", .limit = -1},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        struct err err = {0};
+        int64_t id = 0;
+        assert_int_equal(ERR_BAD_VALUE, driver->token_add(store, "anna", &bad[i], &id, &err));
+        assert_int_equal(ERR_BAD_VALUE, err.code);
+    }
+    struct err err = {0};
+    int64_t id = 0;
+    struct store_new_token good = {.company_id = "NT047", .api_key = "key", .limit = -1};
+    assert_int_equal(ERR_BAD_VALUE, driver->token_add(store, "", &good, &id, &err));
+    expect("0", "SELECT COUNT(*) FROM TokenMaster");
+    expect("0", "SELECT COUNT(*) FROM AuditLog");
+}
+
+static void sets_a_status(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int64_t id = add_token("NT047", -1);
+    sql("UPDATE TokenMaster SET CooldownUntil = %s", backend.in_an_hour);
+    assert_int_equal(ERR_NONE,
+                     driver->token_set_status(store, "anna", id, "disabled", "lost", &err));
+    expect("Disabled|lost|0",
+           "SELECT Status, StatusReason, CooldownUntil IS NULL FROM TokenMaster");
+    expect("anna|token status changed|Active to Disabled: lost",
+           "SELECT Actor, Action, Detail FROM AuditLog ORDER BY AuditID DESC LIMIT 1");
+    assert_int_equal(ERR_NONE, driver->token_set_status(store, "anna", id, "ACTIVE", NULL, &err));
+    expect("Active|NULL|1", "SELECT Status, StatusReason, CooldownUntil IS NULL FROM TokenMaster");
+    expect("3", "SELECT COUNT(*) FROM AuditLog");
+
+    assert_int_equal(ERR_BAD_VALUE, driver->token_set_status(store, "anna", id, "Off", NULL, &err));
+    assert_int_equal(ERR_NO_SUCH_ROW,
+                     driver->token_set_status(store, "anna", 99, "Active", NULL, &err));
+    assert_int_equal(ERR_NO_SUCH_ROW, err.code);
+    expect("3", "SELECT COUNT(*) FROM AuditLog");
+}
+
+static void sets_a_key(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct store_acquire a;
+    int64_t id = add_token("NT047", -1);
+    assert_int_equal(ERR_NONE, driver->token_set_key(store, "anna", id, "brand-new-secret", &err));
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    assert_string_equal("brand-new-secret", a.api_key);
+    expect("anna|token key changed|1",
+           "SELECT Actor, Action, ObjectID FROM AuditLog ORDER BY AuditID DESC LIMIT 1");
+    expect("0", "SELECT COUNT(*) FROM AuditLog WHERE Detail LIKE '%%secret%%'");
+    assert_int_equal(ERR_BAD_VALUE, driver->token_set_key(store, "anna", id, "a b", &err));
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->token_set_key(store, "anna", 99, "key", &err));
+}
+
+static void sets_a_limit(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int64_t id = add_token("NT047", 100);
+    struct store_settlement s = a_settlement(ID(1), id, 100);
+    settle(&s);
+    expect("Exceeded", "SELECT Status FROM TokenMaster");
+
+    /* no room yet: stays */
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 100, 0, &err));
+    expect("Exceeded", "SELECT Status FROM TokenMaster");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 110, 0, &err));
+    expect("Active|NULL|110", "SELECT Status, StatusReason, TotalTokenLimit FROM TokenMaster");
+    expect("10|1", "SELECT TotalRemainingTokens, ThresholdCrossedAt IS NOT NULL"
+                   " FROM TokenUsageSummary");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 1000, 0, &err));
+    expect("900|NULL|0.8", "SELECT TotalRemainingTokens, ThresholdCrossedAt, Threshold"
+                           " FROM TokenUsageSummary");
+    /* cleared, so that it can be crossed again */
+    s = a_settlement(ID(2), id, 700);
+    settle(&s);
+    assert_true(s.threshold_crossed);
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 1000, 0.9, &err));
+    expect("NULL|0.9", "SELECT ThresholdCrossedAt, Threshold FROM TokenUsageSummary");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 1000, 0.7, &err));
+    expect("1", "SELECT ThresholdCrossedAt IS NOT NULL FROM TokenUsageSummary");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, -1, 0, &err));
+    expect("NULL|NULL|NULL",
+           "SELECT TotalTokenLimit, TotalRemainingTokens, ThresholdCrossedAt FROM TokenMaster t"
+           " JOIN TokenUsageSummary s ON s.TokenID = t.TokenID");
+    /* below what was used: at the limit a token is Exceeded, whoever takes it there */
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 800, 0, &err));
+    expect("Exceeded|0", "SELECT Status, TotalRemainingTokens FROM TokenMaster t"
+                         " JOIN TokenUsageSummary s ON s.TokenID = t.TokenID");
+    expect("7", "SELECT COUNT(*) FROM AuditLog WHERE Action = 'token limit changed'");
+
+    sql("UPDATE TokenMaster SET Status = 'Disabled'");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, -1, 0, &err));
+    expect("Disabled", "SELECT Status FROM TokenMaster");
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('Hand', 'key')");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", 2, 50, 0, &err));
+    expect("50", "SELECT TotalRemainingTokens FROM TokenUsageSummary WHERE TokenID = 2");
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->token_set_limit(store, "anna", 99, 1, 0, &err));
+    assert_int_equal(ERR_BAD_VALUE, driver->token_set_limit(store, "anna", id, -2, 0, &err));
+    assert_int_equal(ERR_BAD_VALUE, driver->token_set_limit(store, "anna", id, 1, 2, &err));
+    expect_sums();
+}
+
+/* ---- queries ---- */
+
+/* What a query showed: of each row the columns asked for, "|" between them, ";" between rows. */
+struct shown {
+    const char *columns; /* "TokenID Status" */
+    char text[4096];
+    size_t rows;
+    size_t stop_after;
+    bool missing;
+};
+
+static void show_value(struct shown *shown, const struct store_value *v)
+{
+    size_t len = strlen(shown->text);
+    char *end = shown->text + len;
+    size_t room = sizeof shown->text - len;
+    switch (v->type) {
+    case STORE_NULL:
+        snprintf(end, room, "NULL");
+        break;
+    case STORE_INTEGER:
+        snprintf(end, room, "%lld", (long long)v->integer);
+        break;
+    case STORE_REAL:
+        snprintf(end, room, "%g", v->real);
+        break;
+    case STORE_TEXT:
+        snprintf(end, room, "%s", v->text);
+        break;
+    }
+}
+
+static void append(struct shown *shown, const char *s)
+{
+    size_t len = strlen(shown->text);
+    snprintf(shown->text + len, sizeof shown->text - len, "%s", s);
+}
+
+static bool show_row(void *context, size_t columns, const char *const *names,
+                     const struct store_value *values)
+{
+    struct shown *shown = context;
+    char wanted[512];
+    char *rest = NULL;
+    if (shown->rows++ > 0)
+        append(shown, ";");
+    snprintf(wanted, sizeof wanted, "%s", shown->columns);
+    for (char *name = strtok_r(wanted, " ", &rest); name != NULL;
+         name = strtok_r(NULL, " ", &rest)) {
+        size_t i = 0;
+        while (i < columns && strcmp(names[i], name) != 0)
+            i++;
+        if (name != wanted)
+            append(shown, "|");
+        if (i < columns)
+            show_value(shown, &values[i]);
+        else
+            shown->missing = true;
+    }
+    return shown->rows != shown->stop_after;
+}
+
+static void expect_view(const char *expected, enum store_view view, struct store_filter filter,
+                        const char *columns)
+{
+    struct shown shown = {.columns = columns};
+    struct err err = {0};
+    if (driver->query(store, view, &filter, show_row, &shown, &err) != ERR_NONE)
+        fail_msg("view %d: %s", (int)view, err.message);
+    if (shown.missing)
+        fail_msg("view %d has not all columns of %s", (int)view, columns);
+    if (strcmp(expected, shown.text) != 0)
+        fail_msg("view %d: expected %s, found %s", (int)view, expected, shown.text);
+}
+
+#define ALL ((struct store_filter){0})
+#define DAY_MS INT64_C(86400000)
+#define T0 INT64_C(1795349601123) /* 2026-11-22T12:13:21.123Z */
+
+static void settle_for(const char *request_id, int64_t token_id, const char *company,
+                       const char *branch, const char *user, int64_t total, int64_t logged_ms)
+{
+    struct store_settlement s = a_settlement(request_id, token_id, total);
+    s.company_id = company;
+    s.branch = branch;
+    s.requested_by = user;
+    s.logged_ms = logged_ms;
+    settle(&s);
+}
+
+static void shows_tokens(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int64_t id = 0;
+    struct store_new_token t = {.company_id = "Ärzte", .api_key = "AIza-hidden-abcd", .limit = 100};
+    assert_int_equal(ERR_NONE, driver->token_add(store, "anna", &t, &id, &err));
+    t = (struct store_new_token){.company_id = "B", .api_key = "short", .limit = -1};
+    assert_int_equal(ERR_NONE, driver->token_add(store, "anna", &t, &id, &err));
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Status) VALUES ('C', 'key-by-hand', "
+        "'Expired')");
+    struct store_acquire a = an_acquire(ID(1), "Ärzte");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    settle_for(ID(2), 1, "Ärzte", "b", "u", 40, T0);
+
+    expect_view("3|…hand|Expired|NULL;2|…|Active|NULL;1|…abcd|Active|100", VIEW_TOKENS, ALL,
+                "TokenID ApiKey Status TotalTokenLimit");
+    expect_view("1|Ärzte|Gemini|40|60|100|0.8|NULL|NULL|NULL", VIEW_TOKENS,
+                (struct store_filter){.company_id = "ärzte"},
+                "TokenID CompanyID Provider TotalUsedTokens TotalRemainingTokens ReservedTokens"
+                " Threshold ThresholdCrossedAt CooldownUntil StatusReason");
+    expect_view("1", VIEW_TOKENS, (struct store_filter){.before_id = 2}, "TokenID");
+    expect_view("3;2", VIEW_TOKENS, (struct store_filter){.limit = 2}, "TokenID");
+    expect_view("", VIEW_TOKENS, (struct store_filter){.until_ms = T0 - 3650 * DAY_MS}, "TokenID");
+    expect_view("Active|2;Expired|1", VIEW_TOKENS_BY_STATUS, ALL, "Status Count");
+    expect_view("Active|1", VIEW_TOKENS_BY_STATUS, (struct store_filter){.company_id = "b"},
+                "Status Count");
+
+    struct shown shown = {.columns = "TokenID", .stop_after = 1};
+    assert_int_equal(ERR_NONE, driver->query(store, VIEW_TOKENS, &ALL, show_row, &shown, &err));
+    assert_int_equal(1, shown.rows);
+    /* a filter that a view cannot have is refused, not ignored */
+    assert_int_equal(ERR_BAD_VALUE,
+                     driver->query(store, VIEW_TOKENS, &(struct store_filter){.request_id = ID(1)},
+                                   show_row, &shown, &err));
+    assert_int_equal(ERR_BAD_VALUE,
+                     driver->query(store, VIEW_USAGE_BY_DAY, &(struct store_filter){.before_id = 5},
+                                   show_row, &shown, &err));
+}
+
+static void shows_usage(void **state)
+{
+    (void)state;
+    int64_t first = add_token("NT047", -1);
+    int64_t other = add_token("Other", -1);
+    settle_for(ID(1), first, "NT047", "North", "ann", 10, T0);
+    settle_for(ID(2), first, "nt047", "South", "ann", 20, T0 + DAY_MS);
+    settle_for(ID(3), first, "NT047", "South", "bob", 40, T0 + DAY_MS);
+    settle_for(ID(4), other, "Other", "South", "eve", 5, T0 + 2 * DAY_MS);
+    settle_for(ID(5), 0, "NT047", "North", "ann", 3, T0 + 2 * DAY_MS);
+    sql("INSERT INTO TokenUsageLogs (TokenID, TotalTokensUsed, LoggedAt)"
+        " VALUES (%lld, 100, '2026-01-01T00:00:00.000Z')",
+        (long long)first); /* as others write them */
+
+    expect_view("2026-11-24|2|8|4|22|24|26|28|30|32|34;2026-11-23|2|60|4|22|24|26|28|30|32|34;"
+                "2026-11-22|1|10|2|11|12|13|14|15|16|17;2026-01-01|1|100|1|0|0|0|0|0|0|0",
+                VIEW_USAGE_BY_DAY, ALL,
+                "Day Requests TotalTokensUsed RequestCount InputTokens OutputTokens"
+                " TextPromptTokens ImagePromptTokens TextCandidatesTokens ThoughtsTokens"
+                " CachedTokens");
+    expect_view("2026-11-24|3;2026-11-23|60;2026-11-22|10", VIEW_USAGE_BY_DAY,
+                (struct store_filter){.company_id = "nt047", .since_ms = T0},
+                "Day TotalTokensUsed");
+    expect_view("2026-11-22|10", VIEW_USAGE_BY_DAY,
+                (struct store_filter){.since_ms = T0, .until_ms = T0 + DAY_MS},
+                "Day TotalTokensUsed");
+    expect_view("NT047|NULL|100;NT047|South|60;NT047|North|13;Other|South|5", VIEW_USAGE_BY_BRANCH,
+                ALL, "CompanyID Branch TotalTokensUsed");
+    expect_view("bob|40;ann|33", VIEW_USAGE_BY_USER,
+                (struct store_filter){.company_id = "NT047", .since_ms = T0},
+                "RequestedBy TotalTokensUsed");
+    expect_view("NT047|1|store|170;Other|2|store|5;NT047|NULL|fallback|3", VIEW_USAGE_BY_TOKEN, ALL,
+                "CompanyID TokenID TokenSource TotalTokensUsed");
+    expect_view("40", VIEW_USAGE_BY_TOKEN, (struct store_filter){.request_id = ID(3)},
+                "TotalTokensUsed");
+    expect("175", "SELECT SUM(TotalTokensUsed) FROM vw_UsageSummary WHERE TokenID IS NOT NULL");
+}
+
+static void shows_logs_and_the_rest(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct log_entry a = {.wall_ms = T0,
+                          .level = LOG_INFO,
+                          .logger = "x",
+                          .message = "one",
+                          .module = "x.c",
+                          .request_id = ID(1)};
+    struct log_entry b = {.wall_ms = T0 + DAY_MS,
+                          .level = LOG_ERROR,
+                          .logger = "x",
+                          .message = "two",
+                          .module = "x.c"};
+    struct log_entry c = {.wall_ms = T0 + 2 * DAY_MS,
+                          .level = LOG_CRITICAL,
+                          .logger = "x",
+                          .message = "three",
+                          .module = "x.c",
+                          .request_id = ID(2)};
+    struct log_entry *entries[] = {&a, &b, &c};
+    struct store_retry_attempt r1 = {
+        .token_id = 1, .wall_ms = T0, .attempt = 1, .request_id = ID(1), .company_id = "NT047"};
+    struct store_retry_attempt r2 = {.token_id = 2,
+                                     .wall_ms = T0 + DAY_MS,
+                                     .attempt = 1,
+                                     .request_id = ID(2),
+                                     .company_id = "Other"};
+    const struct store_retry_attempt *attempts[] = {&r1, &r2};
+    assert_int_equal(ERR_NONE, driver->record(store, entries, 3, attempts, 2, &err));
+    int64_t id = add_token("NT047", -1);
+    struct store_acquire open = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&open));
+    struct store_settlement lost = a_settlement(ID(3), id, 0);
+    lost.request_count = 0;
+    lost.unknown_calls = 1;
+    settle(&lost);
+    settle_for(ID(4), id, "NT047", "b", "u", 1, T0);
+
+    expect_view("3|three|CRITICAL;2|two|ERROR;1|one|INFO", VIEW_LOGS, ALL,
+                "LogID Message LogLevel");
+    expect_view("three;two", VIEW_ERRORS, ALL, "Message");
+    expect_view("one", VIEW_LOGS, (struct store_filter){.request_id = ID(1)}, "Message");
+    expect_view("one", VIEW_LOGS, (struct store_filter){.company_id = "nt047"}, "Message");
+    expect_view("two", VIEW_LOGS,
+                (struct store_filter){.since_ms = T0 + 1, .until_ms = T0 + 2 * DAY_MS}, "Message");
+    expect_view("two", VIEW_LOGS, (struct store_filter){.before_id = 3, .limit = 1}, "Message");
+    expect_view("2|Other;1|NT047", VIEW_RETRIES, ALL, "RetryID CompanyID");
+    expect_view("1", VIEW_RETRIES, (struct store_filter){.company_id = "nt047"}, "RetryID");
+    expect_view("2", VIEW_RETRIES, (struct store_filter){.request_id = ID(2)}, "RetryID");
+    expect_view("unsettled|" ID(3) ";open|" ID(1), VIEW_RESERVATIONS, ALL, "State RequestID");
+    expect_view(ID(3) "|1|NT047", VIEW_UNSETTLED, (struct store_filter){.company_id = "nt047"},
+                "RequestID UnknownCalls CompanyID");
+    expect_view("", VIEW_UNSETTLED, (struct store_filter){.request_id = ID(1)}, "RequestID");
+    expect_view("tester|token added|1", VIEW_AUDIT, (struct store_filter){.company_id = "NT047"},
+                "Actor Action ObjectID");
+}
+
+/* ---- many at once ---- */
+
+/* Runs work in count processes that begin at the same moment; each must return 0. */
+static void in_processes(int count, int (*work)(int n))
+{
+    int start[2];
+    pid_t children[16];
+    assert_int_equal(0, pipe(start));
+    for (int n = 0; n < count; n++) {
+        children[n] = fork();
+        assert_true(children[n] >= 0);
+        if (children[n] == 0) {
+            char c;
+            close(start[1]);
+            if (read(start[0], &c, 1) != 0)
+                _exit(99);
+            _exit(work(n));
+        }
+    }
+    close(start[0]);
+    close(start[1]);
+    for (int n = 0; n < count; n++) {
+        int status = 0;
+        assert_int_equal(children[n], waitpid(children[n], &status, 0));
+        assert_true(WIFEXITED(status));
+        assert_int_equal(0, WEXITSTATUS(status));
+    }
+}
+
+/* A store with tokens of NT047, closed again: no child may inherit an open database. */
+static void prepare_for_processes(int tokens, int64_t limit)
+{
+    struct err err = {0};
+    store = backend.open(false, &err);
+    assert_non_null(store);
+    for (int i = 0; i < tokens; i++)
+        add_token("NT047", limit);
+    driver->close(store);
+    store = NULL;
+}
+
+#define PAIRS 60
+#define WORKERS 4
+
+/* In a child: no cmocka there. Every eighth settlement is sent twice. */
+static int acquire_and_settle(int n)
+{
+    struct err err = {0};
+    void *own = backend.open(false, &err);
+    if (own == NULL)
+        return 1;
+    for (int i = 0; i < PAIRS; i++) {
+        char id[UUID_TEXT_SIZE];
+        uuid_v7(id);
+        struct store_acquire a = an_acquire(id, "NT047");
+        struct store_acquire *acquires = &a;
+        a.choice = clock_random();
+        if (driver->acquire(own, &acquires, 1, &err) != ERR_NONE || a.grant != GRANT_TOKEN)
+            return 2;
+        struct store_settlement s = a_settlement(id, a.token_id, n + 1);
+        struct store_settlement *settlements[] = {&s, &s};
+        size_t count = i % 8 == 0 ? 2 : 1;
+        if (driver->settle(own, settlements, count, &err) != ERR_NONE || s.code != ERR_NONE)
+            return 3;
+    }
+    driver->close(own);
+    return 0;
+}
+
+static void processes_keep_the_sums(void **state)
+{
+    (void)state;
+    prepare_for_processes(3, -1);
+    in_processes(WORKERS, acquire_and_settle);
+    backend.attach();
+    assert_int_equal(PAIRS * (1 + 2 + 3 + 4), number("SELECT SUM(TotalUsedTokens)"
+                                                     " FROM TokenUsageSummary"));
+    assert_int_equal(PAIRS * WORKERS, number("SELECT COUNT(*) FROM TokenUsageLogs"));
+    assert_int_equal(PAIRS * WORKERS, number("SELECT COUNT(*) FROM TokenReservations"
+                                             " WHERE State = 'settled'"));
+    expect("0", "SELECT SUM(ReservedTokens) FROM TokenUsageSummary");
+    expect_sums();
+}
+
+/* Reserves what it can get, and settles half of that with less than was reserved. */
+static int grab(int n)
+{
+    struct err err = {0};
+    void *own = backend.open(false, &err);
+    (void)n;
+    if (own == NULL)
+        return 1;
+    for (int i = 0; i < 30; i++) {
+        char id[UUID_TEXT_SIZE];
+        uuid_v7(id);
+        struct store_acquire a = an_acquire(id, "NT047");
+        struct store_acquire *acquires = &a;
+        if (driver->acquire(own, &acquires, 1, &err) != ERR_NONE || a.code != ERR_NONE)
+            return 2;
+        if (a.grant != GRANT_TOKEN || i % 2 == 0)
+            continue;
+        struct store_settlement s = a_settlement(id, a.token_id, 60);
+        struct store_settlement *settlements = &s;
+        if (driver->settle(own, &settlements, 1, &err) != ERR_NONE || s.code != ERR_NONE)
+            return 3;
+    }
+    driver->close(own);
+    return 0;
+}
+
+static void processes_keep_to_the_limit(void **state)
+{
+    (void)state;
+    prepare_for_processes(1, 3000);
+    in_processes(WORKERS, grab);
+    backend.attach();
+    int64_t taken = number("SELECT TotalUsedTokens + ReservedTokens FROM TokenUsageSummary");
+    assert_true(taken > 2800 && taken <= 3000);
+    expect_sums();
+}
+
+/* ---- the embedded store only ---- */
+
+static int open_and_add(int n)
+{
+    struct err err = {0};
+    struct store_new_token t = {.company_id = "NT047", .api_key = "key-0123456789", .limit = n};
+    int64_t id = 0;
+    void *own = backend.open(false, &err);
+    if (own == NULL || driver->token_add(own, "tester", &t, &id, &err) != ERR_NONE) {
+        fprintf(stderr, "process %d: %s\n", n, err.message);
+        return 1;
+    }
+    driver->close(own);
+    return 0;
+}
+
+static void ten_processes_open_a_missing_file(void **state)
+{
+    (void)state;
+    in_processes(10, open_and_add);
+    backend.attach();
+    expect("10|1", "SELECT COUNT(*), (SELECT COUNT(*) FROM SchemaVersion) FROM TokenMaster");
+}
+
+static void the_files_are_private_and_durable(void **state)
+{
+    (void)state;
+    static const char *const suffixes[] = {"", "-wal", "-shm", ".lock"};
+    char path[160];
+    struct stat st;
+    add_token("NT047", -1);
+    for (size_t i = 0; i < 4; i++) {
+        snprintf(path, sizeof path, "%s%s", fixture.path, suffixes[i]);
+        assert_int_equal(0, stat(path, &st));
+        assert_int_equal(0600, st.st_mode & 0777);
+    }
+    expect("wal", "PRAGMA journal_mode");
+    assert_int_equal(1, driver->schema_version(store));
+    assert_int_equal(1, driver->leaders(store));
+    struct err err = {0};
+    assert_int_equal(ERR_NONE, driver->ping(store, &err));
+    sql("DELETE FROM SchemaVersion");
+    assert_int_equal(ERR_SCHEMA, driver->ping(store, &err));
+}
+
+static void sets_up_only_where_allowed(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    fixture.config.store.auto_create = false;
+    assert_null(backend.open(false, &err));
+    assert_int_equal(ERR_SCHEMA, err.code);
+    assert_non_null(strstr(err.message, "extractctl migrate"));
+    assert_int_equal(-1, access(fixture.path, F_OK));
+
+    /* an empty file is a missing schema */
+    close(open(fixture.path, O_CREAT | O_WRONLY, 0600));
+    assert_null(backend.open(false, &err));
+    assert_int_equal(ERR_SCHEMA, err.code);
+    assert_non_null(strstr(err.message, "extractctl migrate"));
+
+    store = backend.open(true, &err);
+    assert_non_null(store);
+    backend.attach();
+    add_token("NT047", -1);
+    driver->close(store);
+    store = backend.open(false, &err);
+    assert_non_null(store);
+    driver->close(store);
+    expect("1", "SELECT COUNT(*) FROM TokenMaster");
+
+    /* older: with nothing lost */
+    sql("UPDATE SchemaVersion SET Version = 0");
+    sql("DROP VIEW vw_TokenStatus");
+    assert_null(backend.open(false, &err));
+    assert_int_equal(ERR_SCHEMA, err.code);
+    store = backend.open(true, &err);
+    assert_non_null(store);
+    driver->close(store);
+    expect("1|1", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
+
+    /* newer, compatible: as it is */
+    sql("UPDATE SchemaVersion SET Version = 7");
+    store = backend.open(true, &err);
+    assert_non_null(store);
+    assert_int_equal(7, driver->schema_version(store));
+    driver->close(store);
+    expect("7", "SELECT Version FROM SchemaVersion");
+    sql("UPDATE SchemaVersion SET Major = 2");
+    assert_null(backend.open(true, &err));
+    assert_int_equal(ERR_SCHEMA, err.code);
+    assert_non_null(strstr(err.message, "newer"));
+}
+
+static void refuses_what_is_no_store(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    FILE *f = fopen(fixture.path, "w");
+    fprintf(f, "%0*d", 8192, 7);
+    fclose(f);
+    assert_null(backend.open(true, &err));
+    assert_int_equal(ERR_INTERNAL, err.code);
+    char missing[] = "/nonexistent/store.db";
+    fixture.config.store.path = missing;
+    assert_null(backend.open(true, &err));
+    assert_int_equal(ERR_STORE_UNAVAILABLE, err.code);
+}
+
+static void another_writer_is_waited_for_only_so_long(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    fixture.config.store.query_timeout_ms = 300;
+    void *impatient = backend.open(false, &err);
+    assert_non_null(impatient);
+    add_token("NT047", -1);
+    sql("BEGIN IMMEDIATE");
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    struct store_acquire *items = &a;
+    int64_t start = clock_monotonic_ms();
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->acquire(impatient, &items, 1, &err));
+    int64_t took = clock_monotonic_ms() - start;
+    assert_true(took >= 250 && took < 2000);
+    assert_int_equal(ERR_STORE_UNAVAILABLE, a.code);
+    assert_string_equal("", a.api_key);
+    assert_int_equal(ERR_NONE, driver->ping(impatient, &err)); /* readers go on */
+    sql("COMMIT");
+    assert_int_equal(ERR_NONE, driver->acquire(impatient, &items, 1, &err));
+    assert_int_equal(GRANT_TOKEN, a.grant);
+    driver->close(impatient);
+}
+
+/* Holds the host's lock for a time, from another open file as another process would. */
+static int take_host_lock(void)
+{
+    char path[160];
+    snprintf(path, sizeof path, "%s.lock", fixture.path);
+    int fd = open(path, O_RDWR);
+    assert_true(fd >= 0);
+    assert_int_equal(0, flock(fd, LOCK_EX));
+    return fd;
+}
+
+static void *let_go(void *context)
+{
+    clock_sleep_until(clock_monotonic_ms() + 200);
+    close(*(int *)context);
+    return NULL;
+}
+
+static void the_host_lock_is_waited_for_only_so_long(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    sigset_t all;
+    sigset_t before;
+    sigset_t after;
+    pthread_t thread;
+    fixture.config.store.query_timeout_ms = 400;
+    void *impatient = backend.open(false, &err);
+    assert_non_null(impatient);
+    add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    struct store_acquire *items = &a;
+
+    /* as in a worker: all signals are blocked, and stay so */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int fd = take_host_lock();
+    int64_t start = clock_monotonic_ms();
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->acquire(impatient, &items, 1, &err));
+    int64_t took = clock_monotonic_ms() - start;
+    assert_true(took >= 350 && took < 2000);
+    assert_int_equal(0, pthread_create(&thread, NULL, let_go, &fd));
+    assert_int_equal(ERR_NONE, driver->acquire(impatient, &items, 1, &err));
+    assert_int_equal(GRANT_TOKEN, a.grant);
+    pthread_join(thread, NULL);
+    pthread_sigmask(SIG_SETMASK, NULL, &after);
+    assert_int_equal(1, sigismember(&after, SIGRTMIN + 1));
+    sigset_t pending;
+    sigpending(&pending);
+    assert_int_equal(0, sigismember(&pending, SIGRTMIN + 1));
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+
+    /* and no tick comes later, into somebody's read() */
+    fd = take_host_lock();
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->acquire(impatient, &items, 1, &err));
+    close(fd);
+    const struct timespec while_ticks_would_come = {.tv_nsec = 150000000};
+    assert_int_equal(0, nanosleep(&while_ticks_would_come, NULL));
+    driver->close(impatient);
+}
+
+static void *acquire_in_thread(void *context)
+{
+    struct err err = {0};
+    struct store_acquire *a = context;
+    if (driver->acquire(store, &a, 1, &err) != ERR_NONE)
+        return NULL;
+    return context;
+}
+
+static void threads_share_a_store(void **state)
+{
+    (void)state;
+    pthread_t threads[8];
+    struct store_acquire items[8];
+    char ids[8][UUID_TEXT_SIZE];
+    add_token("NT047", -1);
+    for (int i = 0; i < 8; i++) {
+        uuid_v7(ids[i]);
+        items[i] = an_acquire(ids[i], "NT047");
+        assert_int_equal(0, pthread_create(&threads[i], NULL, acquire_in_thread, &items[i]));
+    }
+    for (int i = 0; i < 8; i++) {
+        void *done = NULL;
+        expect_view("Active|1", VIEW_TOKENS_BY_STATUS, ALL, "Status Count");
+        pthread_join(threads[i], &done);
+        assert_ptr_equal(&items[i], done);
+        assert_int_equal(GRANT_TOKEN, items[i].grant);
+    }
+    expect("800", "SELECT ReservedTokens FROM TokenUsageSummary");
+}
+
+/* In a child: the disk takes no more, then takes it again. */
+static int fill_up(int n)
+{
+    struct err err = {0};
+    struct rlimit limit;
+    struct stat st;
+    char wal[160];
+    void *own = backend.open(false, &err);
+    (void)n;
+    signal(SIGXFSZ, SIG_IGN);
+    snprintf(wal, sizeof wal, "%s-wal", fixture.path);
+    if (own == NULL || stat(wal, &st) != 0 || getrlimit(RLIMIT_FSIZE, &limit) != 0)
+        return 1;
+    struct rlimit small = {.rlim_cur = (rlim_t)st.st_size + 100, .rlim_max = limit.rlim_max};
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    struct store_acquire *items = &a;
+    setrlimit(RLIMIT_FSIZE, &small);
+    if (driver->acquire(own, &items, 1, &err) != ERR_STORE_UNAVAILABLE)
+        return 2;
+    setrlimit(RLIMIT_FSIZE, &limit);
+    if (driver->acquire(own, &items, 1, &err) != ERR_NONE || a.grant != GRANT_TOKEN)
+        return 3;
+    driver->close(own);
+    return 0;
+}
+
+static void rolls_back_after_an_io_error(void **state)
+{
+    (void)state;
+    prepare_for_processes(1, -1);
+    in_processes(1, fill_up);
+    backend.attach();
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+    expect_sums();
+}
+
+/* One item's data fails inside the transaction: here a rule of the DBA's own. */
+static void a_refused_row_fails_alone(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    static const char *const ids[] = {ID(1), ID(2), ID(3)};
+    struct store_settlement items[3];
+    struct store_settlement *pointers[3];
+    int64_t id = add_token("NT047", -1);
+    for (size_t i = 0; i < 3; i++) {
+        struct store_acquire a = an_acquire(ids[i], "NT047");
+        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        items[i] = a_settlement(ids[i], id, 10);
+        pointers[i] = &items[i];
+    }
+    items[1].usage.total_tokens = 999;
+    sql("CREATE TRIGGER no_more AFTER UPDATE ON TokenUsageSummary WHEN NEW.TotalUsedTokens > 900"
+        " BEGIN SELECT RAISE(ABORT, 'secret row data'); END");
+    assert_int_equal(ERR_NONE, driver->settle(store, pointers, 3, &err));
+    assert_int_equal(ERR_NONE, items[0].code);
+    assert_int_equal(ERR_BAD_VALUE, items[1].code);
+    assert_null(strstr(items[1].err.message, "secret"));
+    assert_int_equal(ERR_NONE, items[2].code);
+    expect("2|20", "SELECT COUNT(*), SUM(TotalTokensUsed) FROM TokenUsageLogs");
+    expect("open", "SELECT State FROM TokenReservations WHERE RequestID = '" ID(2) "'");
+    expect_sums();
+}
+
+static void a_failed_batch_changes_nothing(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct store_acquire items[2] = {an_acquire(ID(1), "NT047"), an_acquire(ID(2), "NT047")};
+    struct store_acquire *pointers[] = {&items[0], &items[1]};
+    add_token("NT047", -1);
+    /* the second item meets an error that is nobody's data */
+    sql("CREATE TRIGGER broken AFTER INSERT ON TokenReservations"
+        " WHEN NEW.RequestID = '" ID(2) "' BEGIN DELETE FROM no_such_table; END");
+    assert_int_equal(ERR_INTERNAL, driver->acquire(store, pointers, 2, &err));
+    assert_int_equal(ERR_INTERNAL, items[0].code);
+    assert_int_equal(ERR_INTERNAL, items[1].code);
+    assert_string_equal("", items[0].api_key);
+    assert_int_equal(0, items[0].token_id);
+    expect("0", "SELECT COUNT(*) FROM TokenReservations");
+    expect("0", "SELECT ReservedTokens FROM TokenUsageSummary");
+    sql("DROP TRIGGER broken");
+    assert_int_equal(ERR_NONE, driver->acquire(store, pointers, 2, &err));
+    assert_int_equal(GRANT_TOKEN, items[1].grant);
+}
+
+#define CONTRACT(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
+#define CLOSED(test) cmocka_unit_test_setup_teardown(test, setup_closed, teardown_closed)
+
+int main(void)
+{
+    const struct CMUnitTest contract[] = {
+        CONTRACT(grants_a_token_and_reserves),
+        CONTRACT(grants_again_without_reserving_twice),
+        CONTRACT(knows_rows_written_by_hand),
+        CONTRACT(compares_companies_without_case),
+        CONTRACT(serves_its_provider_only),
+        CONTRACT(chooses_among_the_usable),
+        CONTRACT(the_newest_token_decides_the_message),
+        CONTRACT(keeps_to_the_limit),
+        CONTRACT(makes_a_missing_summary),
+        CONTRACT(waits_for_what_cools_or_was_tried),
+        CONTRACT(tells_cooling_from_busy),
+        CONTRACT(a_cooldown_is_never_shortened),
+        CONTRACT(releases_what_the_token_before_held),
+        CONTRACT(releases_only_the_last_reservation_of_a_token),
+        CONTRACT(disables_a_token_at_fault),
+        CONTRACT(a_long_reason_is_cut_between_characters),
+        CONTRACT(disabling_stops_at_three_companies_in_a_minute),
+        CONTRACT(falls_back_for_known_companies_only),
+        CONTRACT(reserves_for_the_fallback_key_alone),
+        CONTRACT(a_bad_acquire_fails_alone),
+        CONTRACT(a_batch_sees_itself),
+        CONTRACT(a_bad_settlement_fails_alone),
+        CONTRACT(writes_every_column_of_a_usage_row),
+        CONTRACT(settles_once),
+        CONTRACT(settles_all_reservations_of_a_token),
+        CONTRACT(unknown_calls_stay_unsettled_until_a_settlement_comes),
+        CONTRACT(a_lost_reservation_is_left_unsettled),
+        CONTRACT(nothing_spent_is_released),
+        CONTRACT(the_threshold_is_crossed_once_and_the_limit_ends_a_token),
+        CONTRACT(a_settlement_brings_a_fault),
+        CONTRACT(reservations_of_the_dead_become_unsettled),
+        CONTRACT(records_entries_and_attempts),
+        CONTRACT(adds_tokens),
+        CONTRACT(refuses_bad_tokens),
+        CONTRACT(sets_a_status),
+        CONTRACT(sets_a_key),
+        CONTRACT(sets_a_limit),
+        CONTRACT(shows_tokens),
+        CONTRACT(shows_usage),
+        CONTRACT(shows_logs_and_the_rest),
+        CLOSED(processes_keep_the_sums),
+        CLOSED(processes_keep_to_the_limit),
+    };
+    const struct CMUnitTest embedded[] = {
+        CLOSED(ten_processes_open_a_missing_file),
+        CONTRACT(the_files_are_private_and_durable),
+        CLOSED(sets_up_only_where_allowed),
+        CLOSED(refuses_what_is_no_store),
+        CONTRACT(another_writer_is_waited_for_only_so_long),
+        CONTRACT(the_host_lock_is_waited_for_only_so_long),
+        CONTRACT(threads_share_a_store),
+        CLOSED(rolls_back_after_an_io_error),
+        CONTRACT(a_refused_row_fails_alone),
+        CONTRACT(a_failed_batch_changes_nothing),
+    };
+    int failed = cmocka_run_group_tests_name("store contract", contract, NULL, NULL);
+    return failed + cmocka_run_group_tests_name("embedded store", embedded, NULL, NULL) == 0 ? 0
+                                                                                             : 1;
+}

@@ -91,6 +91,8 @@ check: ## Install what tests need, build, run all tests
 	@$(MAKE) --no-print-directory -j2 all $(UNITS)
 	@$(MAKE) --no-print-directory check-unit check-emulator check-e2e
 
+units: $(UNITS)
+
 check-unit: $(UNITS) ## The unit tests alone
 	@for t in $(UNITS); do echo "== $$t"; $$t || exit 1; done
 
@@ -100,6 +102,20 @@ check-emulator: ## The Gemini emulator's own tests, and Google's client library 
 
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) tests/e2e $(T)
+
+FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+SECONDS ?= 60
+fuzz: ## Run each fuzzer for SECONDS (60) with clang's libFuzzer
+	@$(MAKE) --no-print-directory deps-lint
+	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=build/fuzz SANITIZE=fuzzer,address,undefined fuzzers
+	@for f in $(FUZZERS); do mkdir -p build/fuzz/corpus/$$f; echo "== $$f"; \
+	    build/fuzz/tests/fuzz/$$f -max_total_time=$(SECONDS) -rss_limit_mb=2048 -verbosity=0 -print_final_stats=1 \
+	        -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$f $$(ls -d tests/fuzz/corpus/$$f 2>/dev/null) || exit 1; done
+
+fuzzers: $(FUZZERS:%=$(BUILD)/tests/fuzz/%)
+
+$(BUILD)/tests/fuzz/%: $(BUILD)/tests/fuzz/%.o $(OBJECTS)
+	$(LINK) -o $@ $^ $(LDLIBS)
 
 BANNED := sprintf|strcpy|strcat|strncpy|strtok|atoi|gets|alloca|system|vfork
 lint: ## Format, banned functions, clang-tidy
@@ -128,5 +144,5 @@ clean: ## Remove build/
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all deps deps-check deps-lint run demo check check-unit check-emulator check-e2e lint format \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e fuzz lint format \
         install uninstall clean help

@@ -448,3 +448,56 @@ def company() -> str:
 @pytest.fixture(scope="session")
 def pdf() -> bytes:
     return (ROOT / "tests/samples/invoice-de.pdf").read_bytes()
+
+
+# ---- the contract's problems ----
+
+FAILED = "Failed to process invoice"
+UUID_V7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
+# code: (status, title, retryable, Retry-After is sent, detail where it is fixed)
+PROBLEMS: dict[str, tuple[int, str, bool, bool, str | None]] = {
+    "token_expired": (403, "Forbidden", False, False,
+                      "Your AI token has expired. Please renew your subscription."),
+    "token_unavailable": (403, "Forbidden", False, False,
+                          "Your AI token is no longer available or has been disabled. Please contact support."),
+    "no_active_token": (403, "Forbidden", False, False,
+                        "No active token found for your company. Please contact support."),
+    "invalid_file": (422, "Unprocessable Content", False, False, FAILED),
+    "unsupported_media_type": (415, "Unsupported Media Type", False, False, FAILED),
+    "bad_request": (400, "Bad Request", False, False, None),
+    "file_too_large": (413, "Content Too Large", False, False, None),
+    "rate_limited": (429, "Too Many Requests", True, True, None),
+    "upstream_unavailable": (502, "Bad Gateway", True, True, FAILED),
+    "upstream_rejected": (502, "Bad Gateway", False, False, FAILED),
+    "invalid_answer": (502, "Bad Gateway", True, False, FAILED),
+    "upstream_rate_limited": (503, "Service Unavailable", True, True, None),
+    "token_busy": (503, "Service Unavailable", True, True, None),
+    "store_unavailable": (503, "Service Unavailable", True, True, None),
+    "storage_full": (503, "Service Unavailable", True, True, None),
+    "overloaded": (503, "Service Unavailable", True, True, None),
+    "deadline_exceeded": (504, "Gateway Timeout", True, False, None),
+    "internal_error": (500, "Internal Server Error", False, False, None),
+    "not_found": (404, "Not Found", False, False, None),
+    "method_not_allowed": (405, "Method Not Allowed", False, False, None),
+}
+
+
+def refused(answer: Answer, code: str, *, spent: bool = False, retry_after: int | None = None) -> dict[str, Any]:
+    """Checks that the application's answer is this problem, whole; the problem."""
+    status, title, retryable, with_retry_after, detail = PROBLEMS[code]
+    problem = answer.json()
+    assert problem["code"] == code, problem
+    assert list(problem) == ["type", "title", "status", "detail", "code", "request_id", "retryable", "spent"]
+    assert (answer.status, problem["status"], problem["title"]) == (status, status, title)
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert problem["type"] == "about:blank"
+    assert problem["detail"] == detail if detail is not None else len(problem["detail"]) > 10
+    assert problem["request_id"] == answer.headers["X-Request-ID"]
+    assert UUID_V7.fullmatch(problem["request_id"])
+    assert (problem["retryable"], problem["spent"]) == (retryable, spent), problem
+    seconds = answer.headers["Retry-After"]
+    assert (seconds is not None) == with_retry_after, seconds
+    assert seconds is None or int(seconds) > 0
+    assert retry_after is None or int(seconds) == retry_after, seconds
+    return problem

@@ -147,6 +147,19 @@ static enum err_code fail(struct extraction *x)
                    x->answer.outcome.message);
 }
 
+/* There is no token to go on with. What the last call brought belongs to the cause chain. */
+static enum err_code give_up(struct extraction *x)
+{
+    if (x->unrecorded) {
+        struct err cause = {.code = x->err.code};
+        snprintf(cause.message, sizeof cause.message, "%s", x->answer.outcome.message);
+        err_prefix(&cause, "%s", x->err.message);
+        x->err = cause;
+    }
+    record_attempt(x, 0);
+    return x->err.code;
+}
+
 /* Few workers may wait long for one company's quota: a quarter of them, but at least one. */
 static bool begin_long_wait(struct app *app)
 {
@@ -169,10 +182,8 @@ static enum err_code wait_for_hint(struct extraction *x, int64_t hint_ms)
     if (x->err.code != ERR_TOKEN_BUSY)
         x->retry_after_s = (int)((hint_ms + 999) / 1000);
     if ((retry && x->retries >= x->policy.max_retries) || !retry_fits(now, wait, x->deadline_ms) ||
-        (is_long && !begin_long_wait(x->app))) {
-        record_attempt(x, 0);
-        return x->err.code;
-    }
+        (is_long && !begin_long_wait(x->app)))
+        return give_up(x);
     x->retry_after_s = 0;
     x->retries += retry;
     record_attempt(x, wait);
@@ -199,8 +210,7 @@ static enum err_code acquire(struct extraction *x, const struct store_token_faul
             record_attempt(x, 0);
             return ERR_NONE;
         case TOKENS_NONE:
-            record_attempt(x, 0);
-            return x->err.code;
+            return give_up(x);
         case TOKENS_COOLING:
             if ((code = wait_for_hint(x, hint_ms)) != ERR_NONE)
                 return code;

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <unistr.h>
 
 #include "clock.h"
 #include "embed.h"
@@ -344,9 +345,23 @@ static const char *string_member(json_object *object, const char *name)
     return value == NULL ? "" : json_object_get_string(value);
 }
 
+/* What is not UTF-8, a character that was cut at the end too, becomes question marks. */
+static void make_valid(char *s)
+{
+    ucs4_t c;
+    int n;
+
+    for (size_t len = strlen(s); len > 0; s += n, len -= (size_t)n)
+        if ((n = u8_mbtoucr(&c, (const uint8_t *)s, len)) <= 0) {
+            *s = '?';
+            n = 1;
+        }
+}
+
 static void copy(char *out, size_t size, const char *s)
 {
     snprintf(out, size, "%s", s);
+    make_valid(out);
 }
 
 /* "45.837906927s", as protobuf writes a Duration; -1 where it is not one. Rounded up. */
@@ -496,6 +511,7 @@ void gemini_read_answer(struct gemini_answer *answer, int http_status, const cha
         read_candidate(answer, root);
     else if (root != NULL)
         read_error(o, root);
+    make_valid(o->message);
     json_object_put(root);
     json_tokener_free(tokener);
 }
@@ -510,6 +526,18 @@ static void set_header(struct curl_slist **headers, const char *line, bool *ok)
         *ok = false;
     else
         *headers = more;
+}
+
+/* Google quotes keys in its messages ("Consumer 'api_key:…' has been suspended"), and those go to
+ * StatusReason, RetryAttempts and the log. */
+static void hide_key(struct buf *answer, const char *key)
+{
+    size_t n = strlen(key);
+    char *at = answer->data;
+
+    while (n >= 8 && at != NULL &&
+           (at = memmem(at, answer->len - (size_t)(at - answer->data), key, n)) != NULL)
+        memset(at, '*', n);
 }
 
 void gemini_call(struct gemini_client *client, const struct gemini_call *call,
@@ -545,6 +573,7 @@ void gemini_call(struct gemini_client *client, const struct gemini_call *call,
         long status = 0;
         struct curl_header *retry_after = NULL;
         curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &status);
+        hide_key(&received, call->api_key);
         curl_easy_header(curl, "Retry-After", 0, CURLH_HEADER, -1, &retry_after);
         gemini_read_answer(answer, (int)status, retry_after == NULL ? NULL : retry_after->value,
                            buf_str(&received), received.len);

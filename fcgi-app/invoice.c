@@ -400,6 +400,22 @@ static void check_iban(json_object *data, json_object *warnings)
 
 /* ---- the answer ---- */
 
+/* Even when it is strict, json-c takes names in single quotes, NaN and Infinity: none of it is JSON. */
+static bool has_foreign_token(const char *s, size_t len)
+{
+    bool quoted = false;
+
+    for (size_t i = 0; i < len; i++) {
+        if (quoted && s[i] == '\\')
+            i++;
+        else if (s[i] == '"')
+            quoted = !quoted;
+        else if (!quoted && (s[i] == '\'' || s[i] == 'N' || s[i] == 'I'))
+            return true;
+    }
+    return false;
+}
+
 bool invoice_parse(struct invoice *invoice, const struct invoice_schema *schema, const char *text,
                    size_t len)
 {
@@ -413,7 +429,7 @@ bool invoice_parse(struct invoice *invoice, const struct invoice_schema *schema,
     json_object *root = json_tokener_parse_ex(tokener, text, (int)len);
     bool whole = json_tokener_get_error(tokener) == json_tokener_success;
     json_tokener_free(tokener);
-    if (!whole || !json_object_is_type(root, json_type_object)) {
+    if (!whole || !json_object_is_type(root, json_type_object) || has_foreign_token(text, len)) {
         json_object_put(root);
         return false;
     }

@@ -26,6 +26,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -40,6 +41,9 @@
 #define SPARE_SLOTS 64
 #define AT_ONCE_THREADS 2
 #define REFUSING_THREADS 2
+/* Seconds of silence: of a web server that writes a head, and an upload. */
+#define HEAD_PATIENCE_S 2
+#define BODY_PATIENCE_S 60
 #define STACK_SIZE (512 * 1024)
 
 struct slot {
@@ -366,16 +370,43 @@ static bool has_idle_worker(struct server *server)
     return idle;
 }
 
+static void set_patience(int fd, int seconds)
+{
+    const struct timeval patience = {.tv_sec = seconds};
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+}
+
+/* Accepts a connection and reads its request's head. libfcgi would accept by itself, but then wait
+ * without end for a head that does not come, and nobody else would be accepted meanwhile: it is given
+ * the connection as if it were one that it has kept. Returns 0, EBADMSG where the head is none, or
+ * accept's errno. */
+static int accept_one(struct slot *slot)
+{
+    int fd = accept4(LISTENER, NULL, NULL, SOCK_CLOEXEC);
+
+    if (fd < 0)
+        return errno;
+    set_patience(fd, HEAD_PATIENCE_S);
+    FCGX_InitRequest(&slot->fcgi, -1, FCGI_FAIL_ACCEPT_ON_INTR);
+    slot->fcgi.ipcFd = fd;
+    slot->fcgi.keepConnection = 1;
+    if (FCGX_Accept_r(&slot->fcgi) < 0) /* it has closed fd, and could not accept another */
+        return EBADMSG;
+    set_patience(fd, BODY_PATIENCE_S);
+    return 0;
+}
+
 /* Accepts what waits: as long as there is an idle worker for it, or, where others have been let go
  * first, all of it. */
 static void accept_waiting(struct server *server, bool all)
 {
     for (;;) {
         struct slot *slot = take_free(server);
-        FCGX_InitRequest(&slot->fcgi, LISTENER, FCGI_FAIL_ACCEPT_ON_INTR);
-        if (FCGX_Accept_r(&slot->fcgi) < 0) {
-            int error = errno;
+        int error = accept_one(slot);
+        if (error != 0) {
             give_back(server, slot);
+            if (error == EBADMSG)
+                continue;
             if (error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM) {
                 log_error(NULL, strerror(error), "no connection can be accepted");
                 poll(NULL, 0, PAUSE_MS);

@@ -167,7 +167,7 @@ enum token_result tokens_acquire(struct tokens *tokens, const struct store_token
 
     enum err_code code = store_acquire(app->store, &acquire, tokens->deadline_ms);
     enum token_result result;
-    if (code == ERR_STORE_UNAVAILABLE && config->fallback.when == FALLBACK_STORE_UNAVAILABLE) {
+    if (code == ERR_STORE_UNAVAILABLE) {
         result = hold_offline(tokens, &acquire, err);
     } else if (code != ERR_NONE) {
         *err = acquire.err;

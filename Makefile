@@ -3,10 +3,12 @@
 #   BUILD=dir                      builds elsewhere
 #   SANITIZE=address,undefined     with sanitizers; SANITIZE=thread too
 #   CC=clang  WERROR=1             another compiler; warnings are errors, as in CI
+#   V=1                            shows the whole commands
 
 BUILD    ?= build
 SANITIZE ?=
 WERROR   ?=
+Q        := $(if $(V),,@)
 VERSION  := 0.1.0
 
 prefix     ?= /usr/local
@@ -49,21 +51,25 @@ LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 all: $(PROGRAMS:%=$(BUILD)/%) ## Build extract-fcgi and extractctl into build/
 
 $(BUILD)/extract-fcgi: $(BUILD)/fcgi-app/main.o $(OBJECTS)
-	$(LINK) -o $@ $^ $(LDLIBS)
+	@echo '  LINK  $@'
+	$(Q)$(LINK) -o $@ $^ $(LDLIBS)
 
 $(BUILD)/extractctl: $(CTL:%.c=$(BUILD)/%.o) $(OBJECTS)
-	$(LINK) -o $@ $^ $(LDLIBS)
+	@echo '  LINK  $@'
+	$(Q)$(LINK) -o $@ $^ $(LDLIBS)
 
 $(BUILD)/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(COMPILE) -MMD -MP -c -o $@ $<
+	@echo '  CC    $@'
+	$(Q)$(COMPILE) -MMD -MP -c -o $@ $<
 
 $(BUILD)/fcgi-app/embed.o: fcgi-app/embed.S $(EMBEDDED)
 	@mkdir -p $(@D)
-	$(CC) -fPIE -c -o $@ $<
+	$(Q)$(CC) -fPIE -c -o $@ $<
 
 $(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(OBJECTS)
-	$(LINK) -o $@ $^ $(LDLIBS) -lcmocka
+	@echo '  LINK  $@'
+	$(Q)$(LINK) -o $@ $^ $(LDLIBS) -lcmocka
 
 -include $(wildcard $(BUILD)/fcgi-app/*.d $(BUILD)/tests/unit/*.d)
 
@@ -115,7 +121,8 @@ fuzz: ## Run each fuzzer for SECONDS (60) with clang's libFuzzer
 fuzzers: $(FUZZERS:%=$(BUILD)/tests/fuzz/%)
 
 $(BUILD)/tests/fuzz/%: $(BUILD)/tests/fuzz/%.o $(OBJECTS)
-	$(LINK) -o $@ $^ $(LDLIBS)
+	@echo '  LINK  $@'
+	$(Q)$(LINK) -o $@ $^ $(LDLIBS)
 
 BANNED := sprintf|strcpy|strcat|strncpy|strtok|atoi|gets|alloca|system|vfork
 lint: ## Format, banned functions, clang-tidy

@@ -8,10 +8,10 @@
 
 #define MAX_LINE 4096
 
-/* Takes white space, then quotes and a comma, off both ends, in place. */
+/* Takes white space and what JSON puts around a value off both ends, in place. */
 static char *trim(char *s)
 {
-    static const char ends[] = " \t\r\n\"',;";
+    static const char ends[] = " \t\r\n\"',;}";
     size_t n;
 
     s += strspn(s, " \t\r\n\"'{");

@@ -12,6 +12,7 @@
 #include <curl/curl.h>
 #include <json.h>
 #include <openssl/evp.h>
+#include <openssl/x509_vfy.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -104,6 +105,17 @@ static enum err_code make_body(struct gemini *gemini, const struct invoice_schem
     return code;
 }
 
+/* libcurl would find out with the first call, and every call would fail. */
+static enum err_code check_ca_file(const char *path, struct err *err)
+{
+    X509_STORE *certificates = X509_STORE_new();
+    bool ok = certificates != NULL && X509_STORE_load_file(certificates, path) == 1;
+
+    X509_STORE_free(certificates);
+    return ok ? ERR_NONE
+              : err_set(err, ERR_CONFIG, "gemini.ca_file: %s holds no certificate (PEM)", path);
+}
+
 struct gemini *gemini_new(const struct config *config, const struct invoice_schema *schema,
                           struct err *err)
 {
@@ -131,7 +143,9 @@ struct gemini *gemini_new(const struct config *config, const struct invoice_sche
     curl_share_setopt(gemini->share, CURLSHOPT_USERDATA, gemini);
     curl_share_setopt(gemini->share, CURLSHOPT_SHARE, CURL_LOCK_DATA_DNS);
     curl_share_setopt(gemini->share, CURLSHOPT_SHARE, CURL_LOCK_DATA_SSL_SESSION);
-    if (make_body(gemini, schema, err) == ERR_NONE)
+    if ((config->gemini.ca_file[0] == '\0' ||
+         check_ca_file(config->gemini.ca_file, err) == ERR_NONE) &&
+        make_body(gemini, schema, err) == ERR_NONE)
         return gemini;
 fail:
     gemini_free(gemini);
@@ -364,35 +378,35 @@ static void copy(char *out, size_t size, const char *s)
     make_valid(out);
 }
 
-/* "45.837906927s", as protobuf writes a Duration; -1 where it is not one. Rounded up. */
-static int64_t parse_duration_ms(const char *s)
+/* Decimal seconds that end with suffix, as milliseconds rounded up; -1 for anything else (strtod
+ * alone would also take signs, hexadecimal and "inf"). */
+static int64_t parse_seconds_ms(const char *s, const char *suffix)
 {
+    size_t n = strspn(s, "0123456789.");
+
+    if (n == 0 || s[0] == '.' || strcmp(s + n, suffix) != 0)
+        return -1;
     char *end;
     double seconds = strtod(s, &end);
-
-    if (end == s || strcmp(end, "s") != 0 || !(seconds >= 0))
+    if (end != s + n)
         return -1;
-    if (seconds > RETRY_MAX_HINT_MS / 1000.0)
-        return RETRY_MAX_HINT_MS;
-    return (int64_t)(seconds * 1000 + 0.999);
+    return seconds > RETRY_MAX_HINT_MS / 1000.0 ? RETRY_MAX_HINT_MS
+                                                : (int64_t)(seconds * 1000 + 0.999);
 }
 
 /* A Retry-After header: seconds or an HTTP date (RFC 9110 section 10.2.3); -1 without one. */
 static int64_t parse_retry_after_ms(const char *value)
 {
-    if (value == NULL || *value == '\0')
+    if (value == NULL)
         return -1;
-    char *end;
-    double seconds = strtod(value, &end);
-    if (end == value || *end != '\0') {
-        time_t date = curl_getdate(value, NULL);
-        if (date == -1)
-            return -1;
-        seconds = (double)date - (double)clock_wall_ms() / 1000.0;
-    }
-    if (!(seconds >= 0))
-        return 0;
-    return seconds > RETRY_MAX_HINT_MS / 1000.0 ? RETRY_MAX_HINT_MS : (int64_t)(seconds * 1000);
+    int64_t ms = parse_seconds_ms(value, "");
+    if (ms >= 0)
+        return ms;
+    time_t date = curl_getdate(value, NULL);
+    if (date == -1)
+        return -1;
+    ms = (int64_t)date * 1000 - clock_wall_ms();
+    return ms < 0 ? 0 : ms > RETRY_MAX_HINT_MS ? RETRY_MAX_HINT_MS : ms;
 }
 
 /* One of an error's details (google.rpc.ErrorInfo, RetryInfo, QuotaFailure). */
@@ -405,7 +419,7 @@ static void read_detail(struct retry_outcome *o, json_object *detail)
     if (strcmp(name, "ErrorInfo") == 0 && o->reason[0] == '\0') {
         copy(o->reason, sizeof o->reason, string_member(detail, "reason"));
     } else if (strcmp(name, "RetryInfo") == 0) {
-        int64_t ms = parse_duration_ms(string_member(detail, "retryDelay"));
+        int64_t ms = parse_seconds_ms(string_member(detail, "retryDelay"), "s");
         if (ms > o->retry_after_ms)
             o->retry_after_ms = ms;
     } else if (strcmp(name, "QuotaFailure") == 0) {

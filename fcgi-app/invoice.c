@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "embed.h"
+#include "strict_json.h"
 
 #define MAX_SCHEMA (1024 * 1024)
 #define MAX_DEPTH 16
@@ -25,6 +26,36 @@ struct invoice_schema {
 };
 
 /* ---- the schema ---- */
+
+/* Only what the checks below rely on; what else a schema may say is Gemini's to judge. */
+static bool schema_is_sound(json_object *schema, int depth)
+{
+    json_object *types = NULL, *properties = NULL, *items = NULL;
+
+    if (!json_object_is_type(schema, json_type_object) || depth > MAX_DEPTH)
+        return false;
+    if (json_object_object_get_ex(schema, "type", &types) &&
+        !json_object_is_type(types, json_type_string)) {
+        if (!json_object_is_type(types, json_type_array))
+            return false;
+        for (size_t i = 0; i < json_object_array_length(types); i++)
+            if (!json_object_is_type(json_object_array_get_idx(types, i), json_type_string))
+                return false;
+    }
+    if (json_object_object_get_ex(schema, "items", &items) && !schema_is_sound(items, depth + 1))
+        return false;
+    if (!json_object_object_get_ex(schema, "properties", &properties))
+        return true;
+    if (!json_object_is_type(properties, json_type_object))
+        return false;
+    json_object_object_foreach(properties, name, property)
+    {
+        (void)name;
+        if (!schema_is_sound(property, depth + 1))
+            return false;
+    }
+    return true;
+}
 
 static json_object *schema_file(const char *path, struct err *err)
 {
@@ -42,17 +73,14 @@ static json_object *schema_file(const char *path, struct err *err)
     while ((n = fread(block, 1, sizeof block, f)) > 0)
         buf_append(&text, block, n);
     if (ferror(f) == 0 && buf_ok(&text))
-        root = json_tokener_parse(buf_str(&text));
+        root = strict_json_parse(buf_str(&text), text.len, 4 * MAX_DEPTH);
     fclose(f);
     buf_reset(&text);
-    json_object *properties;
-    if (!json_object_is_type(root, json_type_object) ||
-        !json_object_object_get_ex(root, "properties", &properties) ||
-        !json_object_is_type(properties, json_type_object)) {
+    if (!schema_is_sound(root, 0) || !json_object_object_get_ex(root, "properties", NULL)) {
         json_object_put(root);
         err_set(err, ERR_CONFIG,
-                "gemini.schema_file: %s must hold a JSON schema of an object with properties, "
-                "at most 1 MB",
+                "gemini.schema_file: %s must hold a JSON schema of an object with properties, at "
+                "most 1 MB",
                 path);
         return NULL;
     }
@@ -400,36 +428,12 @@ static void check_iban(json_object *data, json_object *warnings)
 
 /* ---- the answer ---- */
 
-/* Even when it is strict, json-c takes names in single quotes, NaN and Infinity: none of it is JSON. */
-static bool has_foreign_token(const char *s, size_t len)
-{
-    bool quoted = false;
-
-    for (size_t i = 0; i < len; i++) {
-        if (quoted && s[i] == '\\')
-            i++;
-        else if (s[i] == '"')
-            quoted = !quoted;
-        else if (!quoted && (s[i] == '\'' || s[i] == 'N' || s[i] == 'I'))
-            return true;
-    }
-    return false;
-}
-
 bool invoice_parse(struct invoice *invoice, const struct invoice_schema *schema, const char *text,
                    size_t len)
 {
     *invoice = (struct invoice){0};
-    json_tokener *tokener = json_tokener_new_ex(2 * MAX_DEPTH);
-    if (tokener == NULL || len > INT32_MAX) {
-        json_tokener_free(tokener);
-        return false;
-    }
-    json_tokener_set_flags(tokener, JSON_TOKENER_STRICT | JSON_TOKENER_VALIDATE_UTF8);
-    json_object *root = json_tokener_parse_ex(tokener, text, (int)len);
-    bool whole = json_tokener_get_error(tokener) == json_tokener_success;
-    json_tokener_free(tokener);
-    if (!whole || !json_object_is_type(root, json_type_object) || has_foreign_token(text, len)) {
+    json_object *root = strict_json_parse(text, len, 2 * MAX_DEPTH);
+    if (!json_object_is_type(root, json_type_object)) {
         json_object_put(root);
         return false;
     }

@@ -188,7 +188,7 @@ int main(int argc, char **argv)
     if (config != NULL && check) {
         config_print(config, stdout);
     } else if (config != NULL) {
-        log_set_level(config->log.level);
+        log_set_level((enum log_level)config->log.level);
         if (serve(config, &err) == ERR_NONE)
             err.code = ERR_NONE;
     }

@@ -53,7 +53,7 @@ static bool read_quoted(struct span *s, char *out, size_t size)
             c = '"';
             s->at += 2;
         }
-        if (n + 1 == size || (unsigned char)c < ' ')
+        if (n + 1 == size || ((unsigned char)c < ' ' && c != '\t'))
             return false;
         out[n++] = c;
     }

@@ -13,6 +13,7 @@
 #include "buf.h"
 
 #define GAP 2                    /* spaces between columns */
+#define INDENT 4                 /* spaces before what stands below a row */
 #define JSON_ROW_MAX (256 << 10) /* bytes */
 
 struct table {
@@ -147,54 +148,112 @@ static size_t width(const char *text)
     return n > 0 ? (size_t)n : 0;
 }
 
-static void print_cell(const char *text, size_t column_width, bool right, bool last, FILE *out)
+/* Where the column of that name is; table->columns: nowhere. */
+static size_t find_column(const struct table *table, const char *name, size_t len)
 {
-    size_t text_width = width(text);
-    int padding = column_width > text_width ? (int)(column_width - text_width) : 0;
+    size_t column = 0;
 
-    if (right)
+    while (column < table->columns &&
+           (strncmp(table->names[column], name, len) != 0 || table->names[column][len] != '\0'))
+        column++;
+    return column;
+}
+
+/* A column as it is printed. */
+struct shown {
+    const char **texts; /* the name, then a cell a row */
+    size_t width;
+    bool right;
+};
+
+static struct shown show_column(const struct table *table, size_t column, struct arena *arena)
+{
+    struct shown shown = {.texts = arena_alloc(arena, (table->rows + 1) * sizeof(char *))};
+    bool numbers = false;
+    bool words = false;
+
+    shown.texts[0] = escape(arena, table->names[column]);
+    shown.width = width(shown.texts[0]);
+    for (size_t row = 0; row < table->rows; row++) {
+        const struct store_value *cell = &table->cells[row * table->columns + column];
+        const char *text = cell_text(arena, cell);
+
+        shown.texts[row + 1] = text;
+        if (width(text) > shown.width)
+            shown.width = width(text);
+        words = words || cell->type == STORE_TEXT;
+        numbers = numbers || cell->type == STORE_INTEGER || cell->type == STORE_REAL;
+    }
+    shown.right = numbers && !words;
+    return shown;
+}
+
+/* The columns of the layout, in its order. */
+static size_t show_columns(const struct table *table, const struct table_layout *layout,
+                           struct arena *arena, struct shown *columns)
+{
+    const char *name = layout != NULL ? layout->columns : NULL;
+    size_t count = 0;
+
+    if (name == NULL) {
+        for (; count < table->columns; count++)
+            columns[count] = show_column(table, count, arena);
+        return count;
+    }
+    while (*name != '\0' && count < table->columns) {
+        size_t len = strcspn(name, " ");
+        size_t column = find_column(table, name, len);
+
+        if (column < table->columns)
+            columns[count++] = show_column(table, column, arena);
+        name += len;
+        name += strspn(name, " ");
+    }
+    return count;
+}
+
+static void print_cell(const struct shown *column, size_t line, bool last, FILE *out)
+{
+    const char *text = column->texts[line];
+    int padding = (int)(column->width - width(text));
+
+    if (column->right)
         fprintf(out, "%*s%s%*s", padding, "", text, last ? 0 : GAP, "");
     else
         fprintf(out, "%s%*s", text, last ? 0 : padding + GAP, "");
 }
 
-static void print_aligned(const struct table *table, FILE *out)
+static void print_aligned(const struct table *table, const struct table_layout *layout, FILE *out)
 {
+    const char *below_name = layout != NULL && layout->below != NULL ? layout->below : "";
+    size_t below = find_column(table, below_name, strlen(below_name));
     struct arena arena;
-    const char **texts;
-    size_t *widths;
-    bool *right;
+    struct shown *columns;
+    size_t count;
 
     arena_init(&arena);
-    texts = arena_alloc(&arena, (table->rows + 1) * table->columns * sizeof *texts);
-    widths = arena_alloc(&arena, table->columns * sizeof *widths);
-    right = arena_alloc(&arena, table->columns * sizeof *right);
-    for (size_t column = 0; column < table->columns; column++) {
-        bool numbers = false;
-        bool words = false;
-
-        texts[column] = escape(&arena, table->names[column]);
-        widths[column] = width(texts[column]);
-        for (size_t row = 0; row < table->rows; row++) {
-            size_t cell = row * table->columns + column;
-            const char *text = cell_text(&arena, &table->cells[cell]);
-
-            texts[table->columns + cell] = text;
-            if (width(text) > widths[column])
-                widths[column] = width(text);
-            words = words || table->cells[cell].type == STORE_TEXT;
-            numbers = numbers || table->cells[cell].type == STORE_INTEGER ||
-                      table->cells[cell].type == STORE_REAL;
-        }
-        right[column] = numbers && !words;
-    }
-    for (size_t row = 0; row <= table->rows; row++) {
-        for (size_t column = 0; column < table->columns; column++)
-            print_cell(texts[row * table->columns + column], widths[column], right[column],
-                       column + 1 == table->columns, out);
+    columns = arena_alloc(&arena, table->columns * sizeof *columns);
+    count = show_columns(table, layout, &arena, columns);
+    for (size_t line = 0; line <= table->rows; line++) {
+        for (size_t i = 0; i < count; i++)
+            print_cell(&columns[i], line, i + 1 == count, out);
         fputc('\n', out);
+        if (line > 0 && below < table->columns) {
+            const struct store_value *cell = &table->cells[(line - 1) * table->columns + below];
+            if (cell->type != STORE_NULL)
+                fprintf(out, "%*s%s\n", INDENT, "", cell_text(&arena, cell));
+        }
     }
     arena_reset(&arena);
+}
+
+bool table_print(const struct table *table, const struct table_layout *layout, FILE *out)
+{
+    if (table->failed)
+        return false;
+    if (table->rows > 0)
+        print_aligned(table, layout, out);
+    return fflush(out) == 0 && !ferror(out);
 }
 
 /* ---- for machines ---- */
@@ -220,11 +279,13 @@ static void append_json(struct buf *b, const struct store_value *value)
     }
 }
 
-static bool print_json(const struct table *table, FILE *out)
+bool table_print_json(const struct table *table, FILE *out)
 {
     struct buf line;
-    bool ok = true;
+    bool ok = !table->failed;
 
+    if (!ok)
+        return false;
     buf_init(&line, JSON_ROW_MAX);
     fputc('[', out);
     for (size_t row = 0; row < table->rows && ok; row++) {
@@ -243,18 +304,5 @@ static bool print_json(const struct table *table, FILE *out)
     }
     fputs(table->rows > 0 ? "\n]\n" : "]\n", out);
     buf_reset(&line);
-    return ok;
-}
-
-bool table_print(const struct table *table, bool json, FILE *out)
-{
-    bool ok = !table->failed;
-
-    if (!ok)
-        return false;
-    if (json)
-        ok = print_json(table, out);
-    else if (table->rows > 0)
-        print_aligned(table, out);
     return fflush(out) == 0 && !ferror(out) && ok;
 }

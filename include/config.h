@@ -47,8 +47,8 @@ struct config {
         char *prompt_file;
         char *schema_file;
         char *ca_file;
-        int64_t max_output_tokens; /* 0: not sent */
-        int64_t reserve_tokens;
+        int max_output_tokens; /* 0: not sent */
+        int reserve_tokens;
     } gemini;
     struct {
         int max_retries;

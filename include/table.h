@@ -24,9 +24,19 @@ bool table_row(void *table, size_t columns, const char *const *names,
 
 size_t table_rows(const struct table *table);
 
-/* People: a line of names, then a line a row, numbers to the right, NULL as "-", what would disturb
- * a terminal escaped, columns aligned by the width of their characters. JSON: one array with an
- * object a row. False when the rows could not be held or written. */
-bool table_print(const struct table *table, bool json, FILE *out) MUST_CHECK;
+/* What people see of a table. Names that the table lacks are passed over. */
+struct table_layout {
+    const char *columns; /* names with a space between; NULL: all */
+    const char *below;   /* where this one is not NULL, it follows on a line of its own; or NULL */
+};
+
+/* For people: a line of names, then a line a row, numbers to the right, NULL as "-", what would
+ * disturb a terminal escaped, columns aligned by the width of their characters; nothing for a table
+ * without rows. layout NULL: all columns. False when the rows could not be held or written. */
+bool table_print(const struct table *table, const struct table_layout *layout,
+                 FILE *out) MUST_CHECK;
+
+/* For machines: one JSON array with an object a row, all columns. False as above. */
+bool table_print_json(const struct table *table, FILE *out) MUST_CHECK;
 
 #endif

@@ -150,14 +150,14 @@ static void test_number_of_many_digits(void **state)
 {
     (void)state;
     expect(schema, "{\"invoice_number\":20260000000000000000001}",
-           "{\"invoice_number\":\"20260000000000000000001\"}", "wrong_type /invoice_number;");
+           "{\"invoice_number\":\"20260000000000000000001\"}", "");
 }
 
 static void test_negative_number_of_many_digits(void **state)
 {
     (void)state;
     expect(schema, "{\"totals\":{\"total\":-20260000000000000000001}}",
-           "{\"totals\":{\"total\":\"-20260000000000000000001\"}}", "wrong_type /totals/total;");
+           "{\"totals\":{\"total\":\"-20260000000000000000001\"}}", "");
 }
 
 static void test_not_an_object(void **state)
@@ -403,7 +403,7 @@ static void test_iban(void **state)
     static const char *const bad[] = {
         "", " ", "DE", "DE88370400440532013000", "DE89370400440532013001", "ED89370400440532013000",
         "DE8937040044053201300", "DE89-3704-0044-0532-0130-00", "1289370400440532013000",
-        "DEAA370400440532013000", "DE89370400440532013000\xC3\xA9", "NO93860111179", "\xD0\x94" "E89370400440532013000",
+        "DEAA370400440532013000", "DE89370400440532013000\xC3\xA9", "NO93860111179", "\u0414E89370400440532013000",
         "DE89370400440532013000000000000000000000000000000000",
     };
     char text[200];

@@ -24,6 +24,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "embed.h"
 #include "store_driver.h"
 
 /* ---- the backend under test ---- */
@@ -542,7 +543,7 @@ static void waits_for_what_cools_or_was_tried(void **state)
     assert_int_equal(GRANT_UNAVAILABLE, acquire(&a));
     assert_int_equal(0, a.first_usable_ms);
 
-    /* both cool down: the one that is first usable counts */
+    /* both cool down: the one that is first usable counts, whichever comes first */
     a = an_acquire(ID(3), "NT047");
     a.excluded = both_at_fault + 1;
     a.excluded_count = 1;
@@ -552,7 +553,11 @@ static void waits_for_what_cools_or_was_tried(void **state)
     assert_true(a.first_usable_ms > 25000 && a.first_usable_ms <= 30000);
     a = an_acquire(ID(4), "NT047");
     a.previous_token_id = second;
-    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 10000, "quota"};
+    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 60000, "quota"};
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    assert_true(a.first_usable_ms > 25000 && a.first_usable_ms <= 30000);
+    sql("UPDATE TokenMaster SET CooldownUntil = NULL WHERE TokenID = %lld", (long long)second);
+    a.previous.cooldown_ms = 10000;
     assert_int_equal(GRANT_COOLING, acquire(&a));
     assert_true(a.first_usable_ms > 5000 && a.first_usable_ms <= 10000);
     assert_false(a.busy_too);
@@ -639,14 +644,20 @@ static void releases_what_the_token_before_held(void **state)
                               " AND Sequence = 1 AND ClosedAt IS NOT NULL");
     expect("open", "SELECT State FROM TokenReservations WHERE RequestID = '" ID(2) "'");
     expect("100", "SELECT ReservedTokens FROM TokenUsageSummary WHERE TokenID = 1");
+    /* what is released already is not released again */
+    a.sequence = 12;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("100|200", "SELECT MIN(ReservedTokens), MAX(ReservedTokens) FROM TokenUsageSummary");
     expect_sums();
+    sql("UPDATE TokenReservations SET State = 'released' WHERE Sequence = 12");
+    sql("UPDATE TokenUsageSummary SET ReservedTokens = 100");
 
     /* spent: a settlement will follow */
     a.sequence = 3;
     a.previous_token_id = second;
     a.previous_spent = true;
     assert_int_equal(GRANT_COOLING, acquire(&a));
-    expect("open", "SELECT State FROM TokenReservations WHERE TokenID = 2");
+    expect("open", "SELECT State FROM TokenReservations WHERE TokenID = 2 AND Sequence = 2");
     expect("100", "SELECT ReservedTokens FROM TokenUsageSummary WHERE TokenID = 2");
 
     /* asked again, not spent: once */
@@ -762,6 +773,13 @@ static void disabling_stops_at_three_companies_in_a_minute(void **state)
     assert_int_equal(GRANT_UNAVAILABLE, fail_token(b1, "B", &stopped));
     assert_false(stopped);
     expect("4", "SELECT COUNT(*) FROM TokenMaster WHERE Status = 'Disabled'");
+
+    /* one that is not Active is left alone */
+    sql("UPDATE TokenMaster SET Status = 'Disabled' WHERE CompanyID = 'C'");
+    assert_int_equal(GRANT_UNAVAILABLE, fail_token(c1, "C", &stopped));
+    assert_false(stopped);
+    expect("NULL", "SELECT CooldownUntil FROM TokenMaster WHERE CompanyID = 'C'");
+    sql("UPDATE TokenMaster SET Status = 'Active' WHERE CompanyID = 'C'");
 
     assert_int_equal(GRANT_COOLING, fail_token(c1, "C", &stopped));
     assert_true(stopped);
@@ -931,6 +949,7 @@ static void a_bad_settlement_fails_alone(void **state)
         assert_int_equal(ERR_BAD_VALUE, items[i].code);
         assert_null(strstr(items[i].err.message, "xxx"));
     }
+    assert_non_null(strstr(items[5].err.message, "deleted"));
     assert_int_equal(ERR_NONE, items[9].code);
     expect("1|30", "SELECT COUNT(*), SUM(TotalTokensUsed) FROM TokenUsageLogs");
     expect("0", "SELECT COUNT(*) FROM TokenReservations");
@@ -1369,7 +1388,9 @@ static void sets_a_limit(void **state)
     assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 800, 0, &err));
     expect("Exceeded|0", "SELECT Status, TotalRemainingTokens FROM TokenMaster t"
                          " JOIN TokenUsageSummary s ON s.TokenID = t.TokenID");
-    expect("7", "SELECT COUNT(*) FROM AuditLog WHERE Action = 'token limit changed'");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, -1, 0, &err));
+    expect("Active", "SELECT Status FROM TokenMaster");
+    expect("8", "SELECT COUNT(*) FROM AuditLog WHERE Action = 'token limit changed'");
 
     sql("UPDATE TokenMaster SET Status = 'Disabled'");
     assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, -1, 0, &err));
@@ -1589,6 +1610,8 @@ static void shows_logs_and_the_rest(void **state)
     lost.request_count = 0;
     lost.unknown_calls = 1;
     settle(&lost);
+    open.request_id = ID(4);
+    assert_int_equal(GRANT_TOKEN, acquire(&open));
     settle_for(ID(4), id, "NT047", "b", "u", 1, T0);
 
     expect_view("3|three|CRITICAL;2|two|ERROR;1|one|INFO", VIEW_LOGS, ALL,
@@ -1825,6 +1848,48 @@ static void sets_up_only_where_allowed(void **state)
     assert_non_null(strstr(err.message, "newer"));
 }
 
+static void the_setup_script_changes_nothing_twice(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", 100);
+    settle_for(ID(1), id, "NT047", "b", "u", 10, T0);
+    backend.exec(embed_setup_sqlite);
+    expect("1|10|1", "SELECT COUNT(*), MAX(TotalUsedTokens), (SELECT COUNT(*) FROM SchemaVersion)"
+                     " FROM TokenUsageSummary");
+    sql("UPDATE SchemaVersion SET Version = 7"); /* a later one's database */
+    backend.exec(embed_setup_sqlite);
+    expect("7", "SELECT Version FROM SchemaVersion");
+}
+
+static bool is_refused(const char *statement)
+{
+    return sqlite3_exec(fixture.raw, statement, NULL, NULL, NULL) == SQLITE_CONSTRAINT;
+}
+
+/* Whoever writes the rows: the old service during a parallel run, a DBA. */
+static void the_tables_keep_their_rules(void **state)
+{
+    (void)state;
+    add_token("NT047", 100);
+    sql("PRAGMA foreign_keys = ON");
+    static const char once[] = "INSERT INTO TokenUsageLogs (RequestID, TokenID) VALUES ('r', 1)";
+    static const char fallback[] = "INSERT INTO TokenUsageLogs (RequestID) VALUES ('r')";
+    static const char old[] = "INSERT INTO TokenUsageLogs (TokenID) VALUES (1)";
+    assert_false(is_refused(once));
+    assert_true(is_refused(once));
+    assert_false(is_refused(fallback));
+    assert_true(is_refused(fallback));
+    assert_false(is_refused(old)); /* rows without a RequestID are not ours to count */
+    assert_false(is_refused(old));
+    assert_true(is_refused("INSERT INTO TokenUsageSummary (TokenID) VALUES (1)"));
+    assert_true(is_refused("INSERT INTO TokenUsageLogs (TokenID) VALUES (99)"));
+    assert_true(is_refused("DELETE FROM TokenMaster"));
+    assert_true(is_refused("INSERT INTO TokenReservations (RequestID, Sequence, CompanyID, State,"
+                           " ExpiresAt) VALUES ('r', 1, 'c', 'odd', '')"));
+    assert_true(is_refused("INSERT INTO ClientKeys (ClientKeyID, KeyHash) VALUES ('k', 'h')"));
+    assert_true(is_refused("INSERT INTO SchemaVersion VALUES (2, 1, 1, '')"));
+}
+
 static void refuses_what_is_no_store(void **state)
 {
     (void)state;
@@ -1838,6 +1903,14 @@ static void refuses_what_is_no_store(void **state)
     fixture.config.store.path = missing;
     assert_null(backend.open(true, &err));
     assert_int_equal(ERR_STORE_UNAVAILABLE, err.code);
+
+    /* a directory in its place */
+    unlink(fixture.path);
+    assert_int_equal(0, mkdir(fixture.path, 0700));
+    fixture.config.store.path = fixture.path;
+    assert_null(backend.open(true, &err));
+    assert_int_equal(ERR_STORE_UNAVAILABLE, err.code);
+    rmdir(fixture.path);
 }
 
 static void another_writer_is_waited_for_only_so_long(void **state)
@@ -2029,7 +2102,7 @@ static void a_failed_batch_changes_nothing(void **state)
     add_token("NT047", -1);
     /* the second item meets an error that is nobody's data */
     sql("CREATE TRIGGER broken AFTER INSERT ON TokenReservations"
-        " WHEN NEW.RequestID = '" ID(2) "' BEGIN DELETE FROM no_such_table; END");
+        " WHEN NEW.RequestID = '" ID(2) "' BEGIN SELECT ABS(-9223372036854775807 - 1); END");
     assert_int_equal(ERR_INTERNAL, driver->acquire(store, pointers, 2, &err));
     assert_int_equal(ERR_INTERNAL, items[0].code);
     assert_int_equal(ERR_INTERNAL, items[1].code);
@@ -2096,6 +2169,8 @@ int main(void)
         CONTRACT(the_files_are_private_and_durable),
         CLOSED(sets_up_only_where_allowed),
         CLOSED(refuses_what_is_no_store),
+        CONTRACT(the_setup_script_changes_nothing_twice),
+        CONTRACT(the_tables_keep_their_rules),
         CONTRACT(another_writer_is_waited_for_only_so_long),
         CONTRACT(the_host_lock_is_waited_for_only_so_long),
         CONTRACT(threads_share_a_store),

@@ -1,0 +1,149 @@
+/* ctl_store.c - configuration and store, as the commands of extractctl open them. See ctl.h.
+ *
+ * Run by root, the program goes on as the owner of state_dir once it has read its configuration:
+ * the database's files must never come to belong to another user than the service's. */
+#include <errno.h>
+#include <grp.h>
+#include <pwd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "ctl.h"
+#include "log.h"
+#include "text.h"
+
+const char *ctl_user_name(void)
+{
+    const struct passwd *user = getpwuid(geteuid());
+    return user != NULL ? user->pw_name : "this user";
+}
+
+/* ---- what goes wrong ---- */
+
+static int exit_status(enum err_code code)
+{
+    switch (code) {
+    case ERR_NONE:
+        return EXIT_OK;
+    case ERR_NO_SUCH_ROW:
+    case ERR_BAD_VALUE:
+        return EXIT_NO;
+    case ERR_CONFIG:
+        return EXIT_USAGE;
+    default:
+        return EXIT_STORE;
+    }
+}
+
+const char *ctl_store_place(const struct config *config)
+{
+    return config->store.driver == DRIVER_SQLITE ? config->store.path : config->store.server;
+}
+
+void ctl_store_remedy(const struct config *config, enum err_code code, char *out, size_t size)
+{
+    if (code == ERR_SCHEMA)
+        *out = '\0';
+    else if (code == ERR_STORAGE_FULL)
+        snprintf(out, size, "make room on the disk of %s", ctl_store_place(config));
+    else if (config->store.driver == DRIVER_SQLITE)
+        snprintf(out, size, "see that store.path is right and that user %s may write there",
+                 ctl_user_name());
+    else
+        snprintf(out, size, "see that the server is up and that store.server is right");
+}
+
+int ctl_store_error(const struct ctl *ctl, const struct err *err)
+{
+    int status = exit_status(err->code);
+    char remedy[400];
+
+    if (status != EXIT_STORE) {
+        fprintf(stderr, CTL_NAME ": %s\n", err->message);
+        return status;
+    }
+    fprintf(stderr, CTL_NAME ": the store (%s): %s\n", ctl_store_place(ctl->config), err->message);
+    ctl_store_remedy(ctl->config, err->code, remedy, sizeof remedy);
+    if (remedy[0] != '\0')
+        fprintf(stderr, "Next: %s.\n", remedy);
+    return status;
+}
+
+/* ---- opening ---- */
+
+/* The login of the person, also behind sudo, and the host: for AuditLog. */
+static void find_actor(char *out, size_t size)
+{
+    const char *name = getuid() == 0 ? getenv("SUDO_USER") : NULL;
+    char login[256];
+    const struct passwd *user;
+
+    if (name == NULL && getlogin_r(login, sizeof login) == 0)
+        name = login;
+    if (name == NULL) {
+        user = getpwuid(getuid());
+        name = user != NULL ? user->pw_name : NULL;
+    }
+    if (name != NULL && text_fault(name, strlen(name), 1, 128) == NULL)
+        snprintf(out, size, "%s@%.120s", name, log_host());
+    else
+        snprintf(out, size, "uid %lu@%.120s", (unsigned long)getuid(), log_host());
+}
+
+bool ctl_become_owner(const struct config *config)
+{
+    struct stat status;
+    const struct passwd *owner;
+
+    if (geteuid() != 0 || stat(config->server.state_dir, &status) != 0 || status.st_uid == 0)
+        return true;
+    owner = getpwuid(status.st_uid);
+    if ((owner != NULL ? initgroups(owner->pw_name, owner->pw_gid) : setgroups(0, NULL)) == 0 &&
+        setgid(owner != NULL ? owner->pw_gid : status.st_gid) == 0 && setuid(status.st_uid) == 0)
+        return true;
+    fprintf(stderr, CTL_NAME ": cannot become the owner of %s: %s\n", config->server.state_dir,
+            strerror(errno));
+    return false;
+}
+
+int ctl_open_config(struct ctl *ctl)
+{
+    struct err err = {0};
+
+    ctl->config = config_load(ctl->values[FLAG_CONFIG], &err);
+    if (ctl->config == NULL) {
+        fprintf(stderr, CTL_NAME ": %s\n", err.message);
+        return EXIT_USAGE;
+    }
+    find_actor(ctl->actor, sizeof ctl->actor); /* before root becomes somebody else */
+    return ctl_become_owner(ctl->config) ? EXIT_OK : EXIT_STORE;
+}
+
+int ctl_open_store(struct ctl *ctl)
+{
+    struct err err = {0};
+    int status = ctl_open_config(ctl);
+
+    if (status != EXIT_OK)
+        return status;
+    ctl->store = store_open(ctl->config, &err);
+    return ctl->store != NULL ? EXIT_OK : ctl_store_error(ctl, &err);
+}
+
+/* ---- migrate ---- */
+
+int ctl_migrate(struct ctl *ctl)
+{
+    struct err err = {0};
+    int version = 0;
+    int status = ctl_open_config(ctl);
+
+    if (status != EXIT_OK)
+        return status;
+    if (store_migrate(ctl->config, &version, &err) != ERR_NONE)
+        return ctl_store_error(ctl, &err);
+    return ctl_show_row(ctl, &(struct ctl_cell){"SchemaVersion", ctl_integer(version)}, 1);
+}

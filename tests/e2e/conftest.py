@@ -450,6 +450,20 @@ def pdf() -> bytes:
     return (ROOT / "tests/samples/invoice-de.pdf").read_bytes()
 
 
+def start_refused(directory: Path, **env: str) -> str:
+    """What the program says on standard error when it refuses to start with these settings."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "refused.sock"))
+        listener.listen()
+        done = subprocess.run([str(BUILD / "extract-fcgi")], stdin=listener, capture_output=True, text=True,
+                              timeout=PATIENCE, env=os.environ | {
+                                  "EXTRACT_STORE_PATH": str(directory / "store.db"),
+                                  "EXTRACT_SERVER_STATE_DIR": str(directory),
+                                  "EXTRACT_SERVER_RUNTIME_DIR": str(directory)} | env)
+    assert done.returncode == 1, done
+    return done.stderr
+
+
 # ---- the contract's problems ----
 
 FAILED = "Failed to process invoice"
@@ -487,7 +501,7 @@ def refused(answer: Answer, code: str, *, spent: bool = False, retry_after: int 
     """Checks that the application's answer is this problem, whole; the problem."""
     status, title, retryable, with_retry_after, detail = PROBLEMS[code]
     problem = answer.json()
-    assert problem["code"] == code, problem
+    assert problem.get("code") == code, problem
     assert list(problem) == ["type", "title", "status", "detail", "code", "request_id", "retryable", "spent"]
     assert (answer.status, problem["status"], problem["title"]) == (status, status, title)
     assert answer.headers["Content-Type"] == "application/problem+json"

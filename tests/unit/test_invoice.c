@@ -133,7 +133,7 @@ static const struct {
     {"{\"totals\":{\"total\":9223372036854775807}}", "{\"totals\":{\"total\":\"9223372036854775807\"}}",
      "wrong_type /totals/total;"},
     {"{\"totals\":{\"total\":18446744073709551615}}", "{\"totals\":{\"total\":\"18446744073709551615\"}}",
-     "wrong_type /totals/total;"},
+     ""},
     {"{\"totals\":{\"total\":-9223372036854775808}}", "{\"totals\":{\"total\":\"-9223372036854775808\"}}",
      "wrong_type /totals/total;"},
 };

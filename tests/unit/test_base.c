@@ -1,6 +1,7 @@
 /* test_base.c - what everything stands on: the table of errors to the letter, buffers, arenas, time,
  * identifiers, text. */
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -8,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/time.h>
-#include <signal.h>
 #include <time.h>
 
 #include <cmocka.h>
@@ -89,7 +89,7 @@ static void test_err_without_a_row(void **state)
     (void)state;
     assert_ptr_equal(err_info(ERR_CODE_COUNT), err_info(ERR_INTERNAL));
     assert_ptr_equal(err_info((enum err_code)1000000), err_info(ERR_INTERNAL));
-    assert_ptr_equal(err_info((enum err_code)-1), err_info(ERR_INTERNAL));
+    assert_ptr_equal(err_info((enum err_code) - 1), err_info(ERR_INTERNAL));
     for (int code = ERR_NONE; code < ERR_CODE_COUNT; code++)
         assert_true(code == ERR_INTERNAL ||
                     err_info((enum err_code)code) != err_info(ERR_INTERNAL));
@@ -207,14 +207,15 @@ static void test_buf_json(void **state)
         {LITERAL("a \"b\" \\c/"), "\"a \\\"b\\\" \\\\c/\""},
         {LITERAL("\0\x01\b\t\n\r\x1F\x7F"),
          "\"\\u0000\\u0001\\u0008\\u0009\\u000a\\u000d\\u001f\\u007f\""},
-        {LITERAL("\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80"), "\"\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\""},
+        {LITERAL("\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80"),
+         "\"\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\""},
         {LITERAL("a\xFFz"), "\"a" WRONG "z\""},
         {LITERAL("a\x80z"), "\"a" WRONG "z\""},
-        {LITERAL("\xC0\xAF"), "\"" WRONG WRONG "\""},             /* overlong */
-        {LITERAL("\xED\xA0\x80"), "\"" WRONG WRONG WRONG "\""},   /* a surrogate */
+        {LITERAL("\xC0\xAF"), "\"" WRONG WRONG "\""},                     /* overlong */
+        {LITERAL("\xED\xA0\x80"), "\"" WRONG WRONG WRONG "\""},           /* a surrogate */
         {LITERAL("\xF4\x90\x80\x80"), "\"" WRONG WRONG WRONG WRONG "\""}, /* above U+10FFFF */
-        {LITERAL("a\xC3"), "\"a" WRONG "\""},                     /* cut short */
-        {LITERAL("\xC3\""), "\"" WRONG "\\\"\""},                 /* the quote is still escaped */
+        {LITERAL("a\xC3"), "\"a" WRONG "\""},                             /* cut short */
+        {LITERAL("\xC3\""), "\"" WRONG "\\\"\""}, /* the quote is still escaped */
         {LITERAL("\xE2\x82"), "\"" WRONG WRONG "\""},
     };
     (void)state;
@@ -269,8 +270,12 @@ static void test_arena(void **state)
 
 static int64_t utc(int year, int month, int day, int hour, int minute, int second, int ms)
 {
-    struct tm tm = {.tm_year = year - 1900, .tm_mon = month - 1, .tm_mday = day,
-                    .tm_hour = hour, .tm_min = minute, .tm_sec = second};
+    struct tm tm = {.tm_year = year - 1900,
+                    .tm_mon = month - 1,
+                    .tm_mday = day,
+                    .tm_hour = hour,
+                    .tm_min = minute,
+                    .tm_sec = second};
     return (int64_t)timegm(&tm) * 1000 + ms;
 }
 
@@ -388,11 +393,10 @@ static void test_uuid(void **state)
         assert_int_equal(strlen(ids[i]), 36);
         for (size_t k = 0; k < 36; k++) {
             bool dash = k == 8 || k == 13 || k == 18 || k == 23;
-            assert_true(dash ? ids[i][k] == '-'
-                             : strchr("0123456789abcdef", ids[i][k]) != NULL);
+            assert_true(dash ? ids[i][k] == '-' : strchr("0123456789abcdef", ids[i][k]) != NULL);
         }
-        assert_int_equal(ids[i][14], '7');                     /* version */
-        assert_non_null(strchr("89ab", ids[i][19]));           /* variant */
+        assert_int_equal(ids[i][14], '7');           /* version */
+        assert_non_null(strchr("89ab", ids[i][19])); /* variant */
         char digits[13];
         snprintf(digits, sizeof digits, "%.8s%.4s", ids[i], ids[i] + 9);
         int64_t ms = strtoll(digits, NULL, 16);
@@ -433,10 +437,14 @@ static void test_text_fault(void **state)
         {LITERAL(" a"), SPACE},
         {LITERAL("a "), SPACE},
         {LITERAL(" "), SPACE},
-        {LITERAL("\xC2\xA0" "a"), SPACE},     /* no-break space */
+        {LITERAL("\xC2\xA0"
+                 "a"),
+         SPACE}, /* no-break space */
         {LITERAL("a\xC2\xA0"), SPACE},
-        {LITERAL("\xE3\x80\x80" "a"), SPACE}, /* ideographic space */
-        {LITERAL("a\xE2\x80\x83"), SPACE},    /* em space */
+        {LITERAL("\xE3\x80\x80"
+                 "a"),
+         SPACE},                           /* ideographic space */
+        {LITERAL("a\xE2\x80\x83"), SPACE}, /* em space */
         {LITERAL("a\tz"), CONTROL},
         {LITERAL("a\nz"), CONTROL},
         {LITERAL("\na"), CONTROL},
@@ -448,14 +456,14 @@ static void test_text_fault(void **state)
         {LITERAL("a\xE2\x80\xA8z"), CONTROL}, /* line separator */
         {LITERAL("a\xE2\x80\xA9z"), CONTROL}, /* paragraph separator */
         {LITERAL("a\xFFz"), UTF8},
-        {LITERAL("a\xC0\xAFz"), UTF8},         /* an overlong "/" */
-        {LITERAL("\xE0\x80\xAF"), UTF8},       /* in three bytes */
-        {LITERAL("\xF0\x80\x80\xAF"), UTF8},   /* in four */
-        {LITERAL("\xC0\x80"), UTF8},           /* an overlong NUL */
-        {LITERAL("\xED\xA0\x80"), UTF8},       /* a surrogate */
-        {LITERAL("\xF4\x90\x80\x80"), UTF8},   /* above U+10FFFF */
-        {LITERAL("a\xC3"), UTF8},              /* cut short */
-        {LITERAL("caf\xE9"), UTF8},            /* Latin-1 */
+        {LITERAL("a\xC0\xAFz"), UTF8},       /* an overlong "/" */
+        {LITERAL("\xE0\x80\xAF"), UTF8},     /* in three bytes */
+        {LITERAL("\xF0\x80\x80\xAF"), UTF8}, /* in four */
+        {LITERAL("\xC0\x80"), UTF8},         /* an overlong NUL */
+        {LITERAL("\xED\xA0\x80"), UTF8},     /* a surrogate */
+        {LITERAL("\xF4\x90\x80\x80"), UTF8}, /* above U+10FFFF */
+        {LITERAL("a\xC3"), UTF8},            /* cut short */
+        {LITERAL("caf\xE9"), UTF8},          /* Latin-1 */
     };
     char text[258];
     (void)state;
@@ -463,8 +471,8 @@ static void test_text_fault(void **state)
     for (size_t i = 0; i < COUNT(cases); i++) {
         char *copy = exact(cases[i].text, cases[i].len);
         const char *fault = text_fault(copy, cases[i].len, 1, 256);
-        if (fault != cases[i].fault && (fault == NULL || cases[i].fault == NULL ||
-                                        strcmp(fault, cases[i].fault) != 0))
+        if (fault != cases[i].fault &&
+            (fault == NULL || cases[i].fault == NULL || strcmp(fault, cases[i].fault) != 0))
             fail_msg("case %zu, %s: %s", i, cases[i].text, fault == NULL ? "no fault" : fault);
         free(copy);
     }
@@ -485,11 +493,13 @@ static void test_text_fold(void **state)
         {"NT047", "nt047"},
         {"", ""},
         {"M\xC3\x9CLLER", "m\xC3\xBCller"},
-        {"Stra\xC3\x9F" "e", "STRASSE"},
-        {"\xCE\xA3\xCE\xA3", "\xCF\x83\xCF\x82"},      /* sigma, also at a word's end */
-        {"cafe\xCC\x81", "CAF\xC3\x89"},               /* combined and composed */
-        {"\xD0\x96", "\xD0\xB6"},                      /* Cyrillic */
-        {"\xFFz", "\xFFz"},                            /* not UTF-8: as it is */
+        {"Stra\xC3\x9F"
+         "e",
+         "STRASSE"},
+        {"\xCE\xA3\xCE\xA3", "\xCF\x83\xCF\x82"}, /* sigma, also at a word's end */
+        {"cafe\xCC\x81", "CAF\xC3\x89"},          /* combined and composed */
+        {"\xD0\x96", "\xD0\xB6"},                 /* Cyrillic */
+        {"\xFFz", "\xFFz"},                       /* not UTF-8: as it is */
     };
     static const char *const different[][2] = {
         {"NT047", "NT047 "},
@@ -519,7 +529,9 @@ static void test_text_escape(void **state)
         {LITERAL("plain \xC3\xA9 \"quoted\""), "plain \xC3\xA9 \"quoted\""},
         {LITERAL("a\nb\rc\\n"), "a\\nb\\rc\\\\n"},
         {LITERAL("\0\t\x1B[31m\x7F"), "\\x00\\x09\\x1B[31m\\x7F"},
-        {LITERAL("\xC2\x9B" "31m"), "\\xC2\\x9B31m"}, /* a terminal's C1 escape */
+        {LITERAL("\xC2\x9B"
+                 "31m"),
+         "\\xC2\\x9B31m"}, /* a terminal's C1 escape */
         {LITERAL("a\xE2\x80\xA8z"), "a\\xE2\\x80\\xA8z"},
         {LITERAL("\xFF\xC3"), "\\xFF\\xC3"},
         {LITERAL("\xC0\x8A"), "\\xC0\\x8A"}, /* an overlong line end */

@@ -1,13 +1,13 @@
 /* test_gemini.c - what Gemini's answers mean, as a table; and what is sent, to a server in a thread of
  * the test that keeps each request and answers, or fails, as it was told. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <arpa/inet.h>
 #include <json.h>
 #include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
 #include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,16 +27,19 @@
 /* ---- answers ---- */
 
 /* The JSON of a good answer round parts, and round an error's details. */
-#define CANDIDATE(parts, finish) \
-    "{\"candidates\":[{\"content\":{\"role\":\"model\",\"parts\":[" parts "]},\"finishReason\":\"" finish \
+#define CANDIDATE(parts, finish)                                          \
+    "{\"candidates\":[{\"content\":{\"role\":\"model\",\"parts\":[" parts \
+    "]},\"finishReason\":\"" finish                                       \
     "\"}],\"usageMetadata\":{\"totalTokenCount\":9},\"modelVersion\":\"gemini-x\"}"
 #define PART(text) "{\"text\":\"" text "\"}"
-#define ERROR(code, status, message, details) \
-    "{\"error\":{\"code\":" code ",\"message\":\"" message "\",\"status\":\"" status "\",\"details\":[" details "]}}"
+#define ERROR(code, status, message, details)                                        \
+    "{\"error\":{\"code\":" code ",\"message\":\"" message "\",\"status\":\"" status \
+    "\",\"details\":[" details "]}}"
 #define TYPE(name) "{\"@type\":\"type.googleapis.com/google.rpc." name "\","
 #define RETRY(delay) TYPE("RetryInfo") "\"retryDelay\":\"" delay "\"}"
 #define REASON(reason) TYPE("ErrorInfo") "\"reason\":\"" reason "\",\"domain\":\"googleapis.com\"}"
-#define QUOTA(id) TYPE("QuotaFailure") "\"violations\":[{\"quotaId\":\"" id "\",\"quotaValue\":\"50\"}]}"
+#define QUOTA(id) \
+    TYPE("QuotaFailure") "\"violations\":[{\"quotaId\":\"" id "\",\"quotaValue\":\"50\"}]}"
 #define HTML "<!DOCTYPE html><html><title>Error 502 (Server Error)!!1</title></html>"
 #define DAY RETRY_MAX_HINT_MS
 
@@ -53,54 +56,74 @@ static const struct row {
 } rows[] = {
     /* good ones */
     {"an answer", 200, NULL, CANDIDATE(PART("{}"), "STOP"), RETRY_SUCCESS, .text = "{}"},
-    {"a line end behind it", 200, NULL, CANDIDATE(PART("{}"), "STOP") " \r\n\n", RETRY_SUCCESS, .text = "{}"},
-    {"parts joined", 200, NULL, CANDIDATE(PART("{\\\"a\\\":") "," PART("") "," PART("1}"), "STOP"), RETRY_SUCCESS,
-     .text = "{\"a\":1}"},
+    {"a line end behind it", 200, NULL, CANDIDATE(PART("{}"), "STOP") " \r\n\n", RETRY_SUCCESS,
+     .text = "{}"},
+    {"parts joined", 200, NULL, CANDIDATE(PART("{\\\"a\\\":") "," PART("") "," PART("1}"), "STOP"),
+     RETRY_SUCCESS, .text = "{\"a\":1}"},
     {"thoughts skipped", 200, NULL,
-     CANDIDATE("{\"text\":\"hm\",\"thought\":true}," PART("{") ",{\"thought\":false,\"text\":\"}\"}", "STOP"),
+     CANDIDATE(
+         "{\"text\":\"hm\",\"thought\":true}," PART("{") ",{\"thought\":false,\"text\":\"}\"}",
+         "STOP"),
      RETRY_SUCCESS, .text = "{}"},
     {"other parts skipped", 200, NULL,
-     CANDIDATE("{\"inlineData\":{}},null,5,{\"text\":7}," PART("{}") ",{\"thoughtSignature\":\"x\"}", "STOP"),
+     CANDIDATE(
+         "{\"inlineData\":{}},null,5,{\"text\":7}," PART("{}") ",{\"thoughtSignature\":\"x\"}",
+         "STOP"),
      RETRY_SUCCESS, .text = "{}"},
     {"the first candidate only", 200, NULL,
-     "{\"candidates\":[{\"content\":{\"parts\":[" PART("1") "]},\"finishReason\":\"STOP\"},"
-     "{\"content\":{\"parts\":[" PART("2") "]},\"finishReason\":\"SAFETY\"}]}",
+     "{\"candidates\":[{\"content\":{\"parts\":[" PART(
+         "1") "]},\"finishReason\":\"STOP\"},"
+              "{\"content\":{\"parts\":[" PART("2") "]},\"finishReason\":\"SAFETY\"}]}",
      RETRY_SUCCESS, .text = "1"},
     {"fields that are not known", 200, NULL,
-     "{\"x\":[],\"candidates\":[{\"y\":1,\"content\":{\"parts\":[" PART("{}") "]},\"finishReason\":\"STOP\"}]}",
+     "{\"x\":[],\"candidates\":[{\"y\":1,\"content\":{\"parts\":[" PART(
+         "{}") "]},\"finishReason\":\"STOP\"}]}",
      RETRY_SUCCESS, .text = "{}"},
     {"an empty feedback", 200, NULL,
-     "{\"promptFeedback\":{},\"candidates\":[{\"content\":{\"parts\":[" PART("{}") "]},\"finishReason\":\"STOP\"}]}",
+     "{\"promptFeedback\":{},\"candidates\":[{\"content\":{\"parts\":[" PART(
+         "{}") "]},\"finishReason\":\"STOP\"}]}",
      RETRY_SUCCESS, .text = "{}"},
-    {"characters of all planes", 200, NULL, CANDIDATE(PART("\\u00e9\xC3\xA9\\ud83d\\ude00"), "STOP"), RETRY_SUCCESS,
+    {"characters of all planes", 200, NULL,
+     CANDIDATE(PART("\\u00e9\xC3\xA9\\ud83d\\ude00"), "STOP"), RETRY_SUCCESS,
      .text = "\xC3\xA9\xC3\xA9\xF0\x9F\x98\x80"},
 
     /* blocked, cut, empty */
-    {"MAX_TOKENS", 200, NULL, CANDIDATE(PART("{\\\"a"), "MAX_TOKENS"), RETRY_NO_ANSWER, .message = "MAX_TOKENS"},
+    {"MAX_TOKENS", 200, NULL, CANDIDATE(PART("{\\\"a"), "MAX_TOKENS"), RETRY_NO_ANSWER,
+     .message = "MAX_TOKENS"},
     {"SAFETY", 200, NULL, CANDIDATE(PART("{}"), "SAFETY"), RETRY_NO_ANSWER, .message = "SAFETY"},
-    {"RECITATION", 200, NULL, CANDIDATE("", "RECITATION"), RETRY_NO_ANSWER, .message = "RECITATION"},
-    {"MALFORMED_RESPONSE", 200, NULL, CANDIDATE(PART("{}"), "MALFORMED_RESPONSE"), .retry_class = RETRY_NO_ANSWER},
-    {"a reason of the future", 200, NULL, CANDIDATE(PART("{}"), "STOPPED"), RETRY_NO_ANSWER, .message = "STOPPED"},
+    {"RECITATION", 200, NULL, CANDIDATE("", "RECITATION"), RETRY_NO_ANSWER,
+     .message = "RECITATION"},
+    {"MALFORMED_RESPONSE", 200, NULL, CANDIDATE(PART("{}"), "MALFORMED_RESPONSE"),
+     .retry_class = RETRY_NO_ANSWER},
+    {"a reason of the future", 200, NULL, CANDIDATE(PART("{}"), "STOPPED"), RETRY_NO_ANSWER,
+     .message = "STOPPED"},
     {"a very long reason", 200, NULL,
-     CANDIDATE(PART("{}"), "STOP_STOP_STOP_STOP_STOP_STOP_STOP_STOP_STOP_STOP"), .retry_class = RETRY_NO_ANSWER},
-    {"no reason", 200, NULL, "{\"candidates\":[{\"content\":{\"parts\":[" PART("{}") "]}}]}", RETRY_NO_ANSWER,
-     .message = "missing"},
+     CANDIDATE(PART("{}"), "STOP_STOP_STOP_STOP_STOP_STOP_STOP_STOP_STOP_STOP"),
+     .retry_class = RETRY_NO_ANSWER},
+    {"no reason", 200, NULL, "{\"candidates\":[{\"content\":{\"parts\":[" PART("{}") "]}}]}",
+     RETRY_NO_ANSWER, .message = "missing"},
     {"no text", 200, NULL, CANDIDATE(PART(""), "STOP"), RETRY_NO_ANSWER, .message = "no text"},
-    {"no parts", 200, NULL, "{\"candidates\":[{\"content\":{\"role\":\"model\"},\"finishReason\":\"STOP\"}]}",
+    {"no parts", 200, NULL,
+     "{\"candidates\":[{\"content\":{\"role\":\"model\"},\"finishReason\":\"STOP\"}]}",
      RETRY_NO_ANSWER, .message = "no text"},
-    {"no content", 200, NULL, "{\"candidates\":[{\"finishReason\":\"STOP\"}]}", .retry_class = RETRY_NO_ANSWER},
-    {"thoughts alone", 200, NULL, CANDIDATE("{\"text\":\"hm\",\"thought\":true}", "STOP"), .retry_class = RETRY_NO_ANSWER},
+    {"no content", 200, NULL, "{\"candidates\":[{\"finishReason\":\"STOP\"}]}",
+     .retry_class = RETRY_NO_ANSWER},
+    {"thoughts alone", 200, NULL, CANDIDATE("{\"text\":\"hm\",\"thought\":true}", "STOP"),
+     .retry_class = RETRY_NO_ANSWER},
     {"a blocked prompt", 200, NULL,
-     "{\"promptFeedback\":{\"blockReason\":\"PROHIBITED_CONTENT\"},\"usageMetadata\":{\"totalTokenCount\":9}}",
+     "{\"promptFeedback\":{\"blockReason\":\"PROHIBITED_CONTENT\"},\"usageMetadata\":{"
+     "\"totalTokenCount\":9}}",
      RETRY_NO_ANSWER, .message = "PROHIBITED_CONTENT"},
     {"a blocked prompt with a candidate", 200, NULL,
-     "{\"promptFeedback\":{\"blockReason\":\"OTHER\"},\"candidates\":[{\"content\":{\"parts\":[" PART("{}")
-     "]},\"finishReason\":\"STOP\"}]}",
+     "{\"promptFeedback\":{\"blockReason\":\"OTHER\"},\"candidates\":[{\"content\":{\"parts\":"
+     "[" PART("{}") "]},\"finishReason\":\"STOP\"}]}",
      RETRY_NO_ANSWER, .message = "OTHER"},
     {"no candidate", 200, NULL, "{\"candidates\":[],\"usageMetadata\":{}}", RETRY_NO_ANSWER,
      .message = "no candidate"},
-    {"usage alone", 200, NULL, "{\"usageMetadata\":{\"totalTokenCount\":9}}", .retry_class = RETRY_NO_ANSWER},
-    {"a candidate that is none", 200, NULL, "{\"candidates\":[\"STOP\"]}", .retry_class = RETRY_NO_ANSWER},
+    {"usage alone", 200, NULL, "{\"usageMetadata\":{\"totalTokenCount\":9}}",
+     .retry_class = RETRY_NO_ANSWER},
+    {"a candidate that is none", 200, NULL, "{\"candidates\":[\"STOP\"]}",
+     .retry_class = RETRY_NO_ANSWER},
 
     /* a 200 that is no answer at all: cut short */
     {"empty body", 200, NULL, "", .retry_class = RETRY_TRANSIENT},
@@ -110,89 +133,118 @@ static const struct row {
     {"candidates that are none", 200, NULL, "{\"candidates\":{}}", .retry_class = RETRY_TRANSIENT},
     {"null", 200, NULL, "null", .retry_class = RETRY_TRANSIENT},
     {"HTML", 200, NULL, HTML, .retry_class = RETRY_TRANSIENT},
-    {"two answers", 200, NULL, CANDIDATE(PART("{}"), "STOP") CANDIDATE(PART("{}"), "STOP"), .retry_class = RETRY_TRANSIENT},
-    {"cut in its text", 200, NULL, "{\"candidates\":[{\"content\":{\"parts\":[{\"text\":\"{", .retry_class = RETRY_TRANSIENT},
+    {"two answers", 200, NULL, CANDIDATE(PART("{}"), "STOP") CANDIDATE(PART("{}"), "STOP"),
+     .retry_class = RETRY_TRANSIENT},
+    {"cut in its text", 200, NULL, "{\"candidates\":[{\"content\":{\"parts\":[{\"text\":\"{",
+     .retry_class = RETRY_TRANSIENT},
 
     /* errors in all shapes */
-    {"an error", 503, NULL, ERROR("503", "UNAVAILABLE", "The model is overloaded.", "") "\n", RETRY_TRANSIENT,
-     .message = "HTTP 503 UNAVAILABLE: The model is overloaded.", .status = "UNAVAILABLE"},
+    {"an error", 503, NULL, ERROR("503", "UNAVAILABLE", "The model is overloaded.", "") "\n",
+     RETRY_TRANSIENT, .message = "HTTP 503 UNAVAILABLE: The model is overloaded.",
+     .status = "UNAVAILABLE"},
     {"in an array", 503, NULL, "[" ERROR("503", "UNAVAILABLE", "Busy.", "") "]\n", RETRY_TRANSIENT,
      .message = "Busy.", .status = "UNAVAILABLE"},
-    {"without details", 500, NULL, "{\"error\":{\"code\":500,\"message\":\"m\",\"status\":\"INTERNAL\"}}",
-     RETRY_TRANSIENT, .message = "HTTP 500 INTERNAL: m", .status = "INTERNAL"},
+    {"without details", 500, NULL,
+     "{\"error\":{\"code\":500,\"message\":\"m\",\"status\":\"INTERNAL\"}}", RETRY_TRANSIENT,
+     .message = "HTTP 500 INTERNAL: m", .status = "INTERNAL"},
     {"an empty error", 500, NULL, "{\"error\":{}}", .retry_class = RETRY_TRANSIENT},
-    {"an error that is a word", 400, NULL, "{\"error\":\"invalid_grant\"}", .retry_class = RETRY_INVALID_INPUT},
+    {"an error that is a word", 400, NULL, "{\"error\":\"invalid_grant\"}",
+     .retry_class = RETRY_INVALID_INPUT},
     {"an empty array", 500, NULL, "[]", .retry_class = RETRY_TRANSIENT},
     {"HTML of a proxy", 502, NULL, HTML, RETRY_TRANSIENT, .message = "HTTP 502"},
-    {"HTML that refuses", 403, NULL, "<html>API_KEY_INVALID reported as leaked</html>", .retry_class = RETRY_KEY_DOUBTFUL},
-    {"cut short", 400, NULL, "{\"error\":{\"details\":[" REASON("API_KEY_INVALID"), .retry_class = RETRY_INVALID_INPUT},
-    {"details of other types", 400, NULL, ERROR("400", "S", "m", "null,7,\"x\",[],{},{\"@type\":7},{\"@type\":\"\"}"),
+    {"HTML that refuses", 403, NULL, "<html>API_KEY_INVALID reported as leaked</html>",
+     .retry_class = RETRY_KEY_DOUBTFUL},
+    {"cut short", 400, NULL, "{\"error\":{\"details\":[" REASON("API_KEY_INVALID"),
+     .retry_class = RETRY_INVALID_INPUT},
+    {"details of other types", 400, NULL,
+     ERROR("400", "S", "m", "null,7,\"x\",[],{},{\"@type\":7},{\"@type\":\"\"}"),
      RETRY_INVALID_INPUT, .status = "S"},
-    {"a key's reason", 400, NULL, ERROR("400", "INVALID_ARGUMENT", "API key not valid.", REASON("API_KEY_INVALID")),
+    {"a key's reason", 400, NULL,
+     ERROR("400", "INVALID_ARGUMENT", "API key not valid.", REASON("API_KEY_INVALID")),
      RETRY_KEY_INVALID, .message = "HTTP 400 INVALID_ARGUMENT API_KEY_INVALID: API key not valid.",
      .status = "INVALID_ARGUMENT", .reason = "API_KEY_INVALID"},
-    {"a key's reason, in an array", 400, NULL, "[" ERROR("400", "S", "m", REASON("API_KEY_EXPIRED")) "]",
-     RETRY_KEY_INVALID, .status = "S", .reason = "API_KEY_EXPIRED"},
+    {"a key's reason, in an array", 400, NULL,
+     "[" ERROR("400", "S", "m", REASON("API_KEY_EXPIRED")) "]", RETRY_KEY_INVALID, .status = "S",
+     .reason = "API_KEY_EXPIRED"},
     {"a reason among others", 403, NULL,
-     ERROR("403", "S", "m", TYPE("Help") "\"links\":[]}," REASON("CONSUMER_SUSPENDED") "," REASON("LATER")),
+     ERROR("403", "S", "m",
+           TYPE("Help") "\"links\":[]}," REASON("CONSUMER_SUSPENDED") "," REASON("LATER")),
      RETRY_KEY_INVALID, .status = "S", .reason = "CONSUMER_SUSPENDED"},
-    {"a reason outside ErrorInfo", 400, NULL, ERROR("400", "S", "m", TYPE("Help") "\"reason\":\"API_KEY_INVALID\"}"),
-     RETRY_INVALID_INPUT, .status = "S"},
-    {"a leaked key", 403, NULL, ERROR("403", "PERMISSION_DENIED", "Your API key was reported as leaked.", ""),
+    {"a reason outside ErrorInfo", 400, NULL,
+     ERROR("400", "S", "m", TYPE("Help") "\"reason\":\"API_KEY_INVALID\"}"), RETRY_INVALID_INPUT,
+     .status = "S"},
+    {"a leaked key", 403, NULL,
+     ERROR("403", "PERMISSION_DENIED", "Your API key was reported as leaked.", ""),
      RETRY_KEY_INVALID, .status = "PERMISSION_DENIED"},
     {"used up", 402, NULL, ERROR("402", "RESOURCE_EXHAUSTED", "m", RETRY("5s")), RETRY_KEY_USED_UP,
      .status = "RESOURCE_EXHAUSTED", .hint_ms = 5000},
-    {"no such model", 404, NULL, ERROR("404", "NOT_FOUND", "models/x is not found", ""), RETRY_REJECTED,
-     .status = "NOT_FOUND"},
+    {"no such model", 404, NULL, ERROR("404", "NOT_FOUND", "models/x is not found", ""),
+     RETRY_REJECTED, .status = "NOT_FOUND"},
 
     /* hints */
-    {"a delay with a fraction", 429, NULL, ERROR("429", "RESOURCE_EXHAUSTED", "m", RETRY("45.837906927s")),
-     RETRY_RATE_LIMITED, .status = "RESOURCE_EXHAUSTED", .hint_ms = 45838},
-    {"a delay", 429, NULL, ERROR("429", "S", "m", QUOTA("PerMinutePerProject") "," RETRY("26s")), RETRY_RATE_LIMITED,
-     .status = "S", .hint_ms = 26000},
-    {"a millisecond", 429, NULL, ERROR("429", "S", "m", RETRY("0.001s")), RETRY_RATE_LIMITED, .status = "S",
-     .hint_ms = 1},
-    {"a tenth of a millisecond, not none", 429, NULL, ERROR("429", "S", "m", RETRY("0.0001s")), RETRY_RATE_LIMITED,
+    {"a delay with a fraction", 429, NULL,
+     ERROR("429", "RESOURCE_EXHAUSTED", "m", RETRY("45.837906927s")), RETRY_RATE_LIMITED,
+     .status = "RESOURCE_EXHAUSTED", .hint_ms = 45838},
+    {"a delay", 429, NULL, ERROR("429", "S", "m", QUOTA("PerMinutePerProject") "," RETRY("26s")),
+     RETRY_RATE_LIMITED, .status = "S", .hint_ms = 26000},
+    {"a millisecond", 429, NULL, ERROR("429", "S", "m", RETRY("0.001s")), RETRY_RATE_LIMITED,
      .status = "S", .hint_ms = 1},
-    {"a huge delay", 429, NULL, ERROR("429", "S", "m", RETRY("315576000000s")), RETRY_RATE_LIMITED, .status = "S",
-     .hint_ms = DAY},
-    {"digits without end", 429, NULL, ERROR("429", "S", "m", RETRY("99999999999999999999999999999999999999s")),
-     RETRY_RATE_LIMITED, .status = "S", .hint_ms = DAY},
+    {"a tenth of a millisecond, not none", 429, NULL, ERROR("429", "S", "m", RETRY("0.0001s")),
+     RETRY_RATE_LIMITED, .status = "S", .hint_ms = 1},
+    {"a huge delay", 429, NULL, ERROR("429", "S", "m", RETRY("315576000000s")), RETRY_RATE_LIMITED,
+     .status = "S", .hint_ms = DAY},
+    {"digits without end", 429, NULL,
+     ERROR("429", "S", "m", RETRY("99999999999999999999999999999999999999s")), RETRY_RATE_LIMITED,
+     .status = "S", .hint_ms = DAY},
     {"no hint", 429, NULL, ERROR("429", "S", "m", ""), RETRY_RATE_LIMITED, .status = "S"},
-    {"garbage", 429, NULL, ERROR("429", "S", "m", RETRY("soon")), RETRY_RATE_LIMITED, .status = "S"},
+    {"garbage", 429, NULL, ERROR("429", "S", "m", RETRY("soon")), RETRY_RATE_LIMITED,
+     .status = "S"},
     {"no unit", 429, NULL, ERROR("429", "S", "m", RETRY("26")), RETRY_RATE_LIMITED, .status = "S"},
-    {"another unit", 429, NULL, ERROR("429", "S", "m", RETRY("26ms")), RETRY_RATE_LIMITED, .status = "S"},
-    {"a unit alone", 429, NULL, ERROR("429", "S", "m", RETRY("s")), RETRY_RATE_LIMITED, .status = "S"},
-    {"an empty delay", 429, NULL, ERROR("429", "S", "m", RETRY("")), RETRY_RATE_LIMITED, .status = "S"},
-    {"a negative delay", 429, NULL, ERROR("429", "S", "m", RETRY("-5s")), RETRY_RATE_LIMITED, .status = "S"},
-    {"not a number", 429, NULL, ERROR("429", "S", "m", RETRY("nans")), RETRY_RATE_LIMITED, .status = "S"},
-    {"a number for a text", 429, NULL, ERROR("429", "S", "m", TYPE("RetryInfo") "\"retryDelay\":26}"),
-     RETRY_RATE_LIMITED, .status = "S"},
+    {"another unit", 429, NULL, ERROR("429", "S", "m", RETRY("26ms")), RETRY_RATE_LIMITED,
+     .status = "S"},
+    {"a unit alone", 429, NULL, ERROR("429", "S", "m", RETRY("s")), RETRY_RATE_LIMITED,
+     .status = "S"},
+    {"an empty delay", 429, NULL, ERROR("429", "S", "m", RETRY("")), RETRY_RATE_LIMITED,
+     .status = "S"},
+    {"a negative delay", 429, NULL, ERROR("429", "S", "m", RETRY("-5s")), RETRY_RATE_LIMITED,
+     .status = "S"},
+    {"not a number", 429, NULL, ERROR("429", "S", "m", RETRY("nans")), RETRY_RATE_LIMITED,
+     .status = "S"},
+    {"a number for a text", 429, NULL,
+     ERROR("429", "S", "m", TYPE("RetryInfo") "\"retryDelay\":26}"), RETRY_RATE_LIMITED,
+     .status = "S"},
     {"a delay elsewhere", 429, NULL, ERROR("429", "S", "m", TYPE("Help") "\"retryDelay\":\"26s\"}"),
      RETRY_RATE_LIMITED, .status = "S"},
     {"a header in seconds", 429, "17", HTML, RETRY_RATE_LIMITED, .hint_ms = 17000},
-    {"a header that is a huge number", 503, "99999999999999999999", HTML, RETRY_TRANSIENT, .hint_ms = DAY},
+    {"a header that is a huge number", 503, "99999999999999999999", HTML, RETRY_TRANSIENT,
+     .hint_ms = DAY},
     {"a header of garbage", 429, "soon", HTML, .retry_class = RETRY_RATE_LIMITED},
     {"an empty header", 429, "", HTML, .retry_class = RETRY_RATE_LIMITED},
-    {"a header and a longer delay", 429, "10", ERROR("429", "S", "m", RETRY("26s")), RETRY_RATE_LIMITED,
-     .status = "S", .hint_ms = 26000},
-    {"a delay and a longer header", 429, "60", ERROR("429", "S", "m", RETRY("26s")), RETRY_RATE_LIMITED,
-     .status = "S", .hint_ms = 60000},
-    {"a header beside a garbled delay", 429, "10", ERROR("429", "S", "m", RETRY("soon")), RETRY_RATE_LIMITED,
-     .status = "S", .hint_ms = 10000},
+    {"a header and a longer delay", 429, "10", ERROR("429", "S", "m", RETRY("26s")),
+     RETRY_RATE_LIMITED, .status = "S", .hint_ms = 26000},
+    {"a delay and a longer header", 429, "60", ERROR("429", "S", "m", RETRY("26s")),
+     RETRY_RATE_LIMITED, .status = "S", .hint_ms = 60000},
+    {"a header beside a garbled delay", 429, "10", ERROR("429", "S", "m", RETRY("soon")),
+     RETRY_RATE_LIMITED, .status = "S", .hint_ms = 10000},
 
     /* quotas of a day */
     {"a daily quota", 429, NULL,
-     ERROR("429", "S", "m", QUOTA("GenerateRequestsPerDayPerProjectPerModel-FreeTier") "," RETRY("26s")),
+     ERROR("429", "S", "m",
+           QUOTA("GenerateRequestsPerDayPerProjectPerModel-FreeTier") "," RETRY("26s")),
      RETRY_DAILY_QUOTA, .status = "S", .hint_ms = 26000, .daily = true},
     {"one of several", 429, NULL,
      ERROR("429", "S", "m",
-           TYPE("QuotaFailure") "\"violations\":[null,{\"quotaId\":\"XPerMinute\"},{\"quotaId\":\"XPerDay\"}]}"),
+           TYPE("QuotaFailure") "\"violations\":[null,{\"quotaId\":\"XPerMinute\"},{\"quotaId\":"
+                                "\"XPerDay\"}]}"),
      RETRY_DAILY_QUOTA, .status = "S", .daily = true},
-    {"a minute's quota", 429, NULL, ERROR("429", "S", "m", QUOTA("GenerateRequestsPerMinutePerProject")),
-     RETRY_RATE_LIMITED, .status = "S"},
-    {"a day only in the message", 429, NULL, ERROR("429", "S", "quota PerDay", RETRY("1s")), RETRY_RATE_LIMITED,
-     .status = "S", .hint_ms = 1000},
+    {"a minute's quota", 429, NULL,
+     ERROR("429", "S", "m", QUOTA("GenerateRequestsPerMinutePerProject")), RETRY_RATE_LIMITED,
+     .status = "S"},
+    {"a day only in the message", 429, NULL, ERROR("429", "S", "quota PerDay", RETRY("1s")),
+     RETRY_RATE_LIMITED, .status = "S", .hint_ms = 1000},
+    {"a day that is part of a word", 429, NULL,
+     ERROR("429", "S", "m", QUOTA("SundayPerMinuteToDay")), .retry_class = RETRY_RATE_LIMITED,
+     .status = "S"},
     {"no violation", 429, NULL, ERROR("429", "S", "m", TYPE("QuotaFailure") "\"violations\":[]}"),
      RETRY_RATE_LIMITED, .status = "S"},
 };
@@ -321,9 +373,10 @@ static void test_fields_of_an_answer(void **state)
 /* A blocked or cut answer was paid for as well. */
 static void test_usage_of_a_blocked_answer(void **state)
 {
-    static const char *const bodies[] = {
-        CANDIDATE("", "MAX_TOKENS"), CANDIDATE(PART("x"), "SAFETY"),
-        "{\"promptFeedback\":{\"blockReason\":\"OTHER\"},\"usageMetadata\":{\"totalTokenCount\":9}}"};
+    static const char *const bodies[] = {CANDIDATE("", "MAX_TOKENS"),
+                                         CANDIDATE(PART("x"), "SAFETY"),
+                                         "{\"promptFeedback\":{\"blockReason\":\"OTHER\"},"
+                                         "\"usageMetadata\":{\"totalTokenCount\":9}}"};
     (void)state;
 
     for (size_t i = 0; i < COUNT(bodies); i++) {
@@ -339,8 +392,8 @@ static void test_usage_of_a_blocked_answer(void **state)
 static void test_cut_anywhere(void **state)
 {
     static const char good[] = CANDIDATE(PART("{\\\"a\\\":1}"), "STOP");
-    static const char bad[] = "[" ERROR("429", "RESOURCE_EXHAUSTED", "m",
-                                        QUOTA("XPerDay") "," RETRY("26s")) "]";
+    static const char bad[] =
+        "[" ERROR("429", "RESOURCE_EXHAUSTED", "m", QUOTA("XPerDay") "," RETRY("26s")) "]";
     struct gemini_answer answer;
     (void)state;
 
@@ -369,6 +422,11 @@ static void test_nesting(void **state)
         buf_append_str(&b, "{\"error\":{},\"candidates\":");
         for (int i = 0; i < 300000; i++)
             buf_append_str(&b, object ? "{\"a\":" : "[");
+        buf_append_str(&b, "1");
+        for (int i = 0; i < 300000; i++)
+            buf_append_str(&b, object ? "}" : "]");
+        buf_append_str(&b, "}");
+        assert_true(buf_ok(&b));
         read_answer(&answer, 200, NULL, b.data, b.len);
         assert_false(answer.outcome.understood);
         read_answer(&answer, 500, NULL, b.data, b.len);
@@ -392,8 +450,10 @@ static void test_long_fields(void **state)
         word[sizeof word - 1] = '\0';
         buf_clear(&b);
         if (status == 200)
-            buf_printf(&b, "{\"modelVersion\":\"%s\",\"candidates\":[{\"finishReason\":\"%s\"}],"
-                           "\"promptFeedback\":{\"blockReason\":\"%s\"}}", word, word, word);
+            buf_printf(&b,
+                       "{\"modelVersion\":\"%s\",\"candidates\":[{\"finishReason\":\"%s\"}],"
+                       "\"promptFeedback\":{\"blockReason\":\"%s\"}}",
+                       word, word, word);
         else
             buf_printf(&b, ERROR("400", "%s", "%s", REASON("%s")), word, word, word);
         read_answer(&answer, status, NULL, b.data, b.len);
@@ -419,32 +479,49 @@ static void test_usage(void **state)
         {"all of it",
          "{\"promptTokenCount\":1200,\"candidatesTokenCount\":300,\"thoughtsTokenCount\":50,"
          "\"cachedContentTokenCount\":100,\"totalTokenCount\":1550,"
-         "\"promptTokensDetails\":[" DETAIL("TEXT", "90") "," DETAIL("IMAGE", "1000") "," DETAIL("DOCUMENT", "110") "],"
-         "\"candidatesTokensDetails\":[" DETAIL("TEXT", "290") "," DETAIL("IMAGE", "10") "]}",
+         "\"promptTokensDetails\":[" DETAIL("TEXT", "90") "," DETAIL("IMAGE", "1000") "," DETAIL(
+             "DOCUMENT", "110") "],"
+                                "\"candidatesTokensDetails\":[" DETAIL("TEXT", "290") "," DETAIL(
+                                    "IMAGE", "10") "]}",
          {1200, 300, 90, 1110, 290, 50, 100, 1550}},
-        {"total is not summed up anew", "{\"promptTokenCount\":1,\"candidatesTokenCount\":2,\"thoughtsTokenCount\":4,"
-         "\"toolUsePromptTokenCount\":8,\"totalTokenCount\":15}", {1, 2, 0, 0, 2, 4, 0, 15}},
-        {"without details", "{\"promptTokenCount\":10,\"candidatesTokenCount\":3,\"totalTokenCount\":13}",
+        {"total is not summed up anew",
+         "{\"promptTokenCount\":1,\"candidatesTokenCount\":2,\"thoughtsTokenCount\":4,"
+         "\"toolUsePromptTokenCount\":8,\"totalTokenCount\":15}",
+         {1, 2, 0, 0, 2, 4, 0, 15}},
+        {"without details",
+         "{\"promptTokenCount\":10,\"candidatesTokenCount\":3,\"totalTokenCount\":13}",
          {10, 3, 0, 0, 3, 0, 0, 13}},
-        {"empty details", "{\"candidatesTokenCount\":3,\"candidatesTokensDetails\":[],\"promptTokensDetails\":[]}",
+        {"empty details",
+         "{\"candidatesTokenCount\":3,\"candidatesTokensDetails\":[],\"promptTokensDetails\":[]}",
          {0, 3, 0, 0, 3, 0, 0, 0}},
         {"no text among the details",
          "{\"candidatesTokenCount\":3,\"candidatesTokensDetails\":[" DETAIL("IMAGE", "3") "]}",
          {0, 3, 0, 0, 0, 0, 0, 0}},
-        {"other modalities", "{\"promptTokensDetails\":[" DETAIL("AUDIO", "1") "," DETAIL("VIDEO", "2") "," DETAIL("text", "4") "]}",
+        {"other modalities",
+         "{\"promptTokensDetails\":[" DETAIL("AUDIO", "1") "," DETAIL("VIDEO", "2") "," DETAIL(
+             "text", "4") "]}",
          {0}},
-        {"a modality twice", "{\"promptTokensDetails\":[" DETAIL("TEXT", "1") "," DETAIL("TEXT", "2") "]}",
+        {"a modality twice",
+         "{\"promptTokensDetails\":[" DETAIL("TEXT", "1") "," DETAIL("TEXT", "2") "]}",
          {.text_prompt_tokens = 3}},
         {"empty", "{}", {0}},
         {"negative", "{\"promptTokenCount\":-1,\"totalTokenCount\":-9223372036854775808}", {0}},
-        {"the most that is believed", "{\"totalTokenCount\":1000000000000}", {.total_tokens = 1000000000000}},
-        {"absurd", "{\"totalTokenCount\":1000000000001,\"promptTokenCount\":9223372036854775807,"
-         "\"candidatesTokenCount\":99999999999999999999,\"thoughtsTokenCount\":5}", {.thoughts_tokens = 5}},
-        {"other types", "{\"promptTokenCount\":\"5\",\"totalTokenCount\":5.5,\"candidatesTokenCount\":null,"
-         "\"thoughtsTokenCount\":[5],\"promptTokensDetails\":{},\"candidatesTokensDetails\":5}", {0}},
+        {"the most that is believed",
+         "{\"totalTokenCount\":1000000000000}",
+         {.total_tokens = 1000000000000}},
+        {"absurd",
+         "{\"totalTokenCount\":1000000000001,\"promptTokenCount\":9223372036854775807,"
+         "\"candidatesTokenCount\":99999999999999999999,\"thoughtsTokenCount\":5}",
+         {.thoughts_tokens = 5}},
+        {"other types",
+         "{\"promptTokenCount\":\"5\",\"totalTokenCount\":5.5,\"candidatesTokenCount\":null,"
+         "\"thoughtsTokenCount\":[5],\"promptTokensDetails\":{},\"candidatesTokensDetails\":5}",
+         {0}},
         {"details of other types",
-         "{\"candidatesTokenCount\":3,\"candidatesTokensDetails\":[null,5,{},{\"modality\":5,\"tokenCount\":1},"
-         "{\"modality\":\"TEXT\"},{\"modality\":\"TEXT\",\"tokenCount\":\"1\"}," DETAIL("TEXT", "2") "]}",
+         "{\"candidatesTokenCount\":3,\"candidatesTokensDetails\":[null,5,{},{\"modality\":5,"
+         "\"tokenCount\":1},"
+         "{\"modality\":\"TEXT\"},{\"modality\":\"TEXT\",\"tokenCount\":\"1\"}," DETAIL("TEXT",
+                                                                                        "2") "]}",
          {0, 3, 0, 0, 2, 0, 0, 0}},
     };
     (void)state;
@@ -456,13 +533,15 @@ static void test_usage(void **state)
         read_answer(&answer, 200, NULL, body, strlen(body));
         assert_true(answer.has_usage);
         if (memcmp(&answer.usage, &cases[i].usage, sizeof answer.usage) != 0)
-            fail_msg("%s: input %lld, output %lld, text %lld, image %lld, text out %lld, thoughts %lld, "
-                     "cached %lld, total %lld", cases[i].what, (long long)answer.usage.input_tokens,
-                     (long long)answer.usage.output_tokens, (long long)answer.usage.text_prompt_tokens,
-                     (long long)answer.usage.image_prompt_tokens,
-                     (long long)answer.usage.text_candidates_tokens,
-                     (long long)answer.usage.thoughts_tokens, (long long)answer.usage.cached_tokens,
-                     (long long)answer.usage.total_tokens);
+            fail_msg(
+                "%s: input %lld, output %lld, text %lld, image %lld, text out %lld, thoughts %lld, "
+                "cached %lld, total %lld",
+                cases[i].what, (long long)answer.usage.input_tokens,
+                (long long)answer.usage.output_tokens, (long long)answer.usage.text_prompt_tokens,
+                (long long)answer.usage.image_prompt_tokens,
+                (long long)answer.usage.text_candidates_tokens,
+                (long long)answer.usage.thoughts_tokens, (long long)answer.usage.cached_tokens,
+                (long long)answer.usage.total_tokens);
         gemini_answer_reset(&answer);
     }
 }
@@ -482,13 +561,13 @@ static void test_usage_add(void **state)
 /* ---- a server ---- */
 
 enum behaviour {
-    ANSWER,     /* with the text that it was told */
-    CLOSE,      /* reads the request and closes */
+    ANSWER,         /* with the text that it was told */
+    CLOSE,          /* reads the request and closes */
     CLOSE_ON_REUSE, /* answers a connection's first request, reads the next and closes */
     CLOSE_EARLY,    /* reads the head and closes */
-    HANG,       /* reads the request and says nothing */
-    CUT,        /* answers less than it announces */
-    FLOOD       /* answers without end */
+    HANG,           /* reads the request and says nothing */
+    CUT,            /* answers less than it announces */
+    FLOOD           /* answers without end */
 };
 
 struct server {
@@ -703,8 +782,7 @@ static void call(struct fixture *f, const char *mime_type, const unsigned char *
 
 static void encode(struct buf *out, const unsigned char *data, size_t len)
 {
-    static const char digits[] =
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (size_t i = 0; i < len; i += 3) {
         unsigned n = (unsigned)data[i] << 16 | (i + 1 < len ? (unsigned)data[i + 1] << 8 : 0) |
                      (i + 2 < len ? data[i + 2] : 0);
@@ -785,9 +863,10 @@ static void check_request(struct fixture *f, const char *mime_type, const unsign
  * type's length shifts all that follows. */
 static void test_request_body(void **state)
 {
-    static const size_t sizes[] = {0,     1,     2,     3,     4,     5,     6,      7,      8,     9,
-                                   10,    2999,  3000,  3001,  12287, 12288, 12289,  49151,  49152, 49153,
-                                   98303, 98304, 98305, 98306, 98307, 98308, 200000, 204800, 204801};
+    static const size_t sizes[] = {0,     1,     2,      3,      4,     5,     6,     7,
+                                   8,     9,     10,     2999,   3000,  3001,  12287, 12288,
+                                   12289, 49151, 49152,  49153,  98303, 98304, 98305, 98306,
+                                   98307, 98308, 200000, 204800, 204801};
     static const char *const types[] = {"a/b", "a/bc", "image/png", "application/pdf"};
     static unsigned char file[204801];
     struct fixture *f = *state;
@@ -821,8 +900,9 @@ static void test_request_head(void **state)
 
     call(f, "image/png", (const unsigned char *)"x", 1, 5000, &answer);
     gemini_answer_reset(&answer);
-    assert_int_equal(
-        strncmp(buf_str(&f->server.head), "POST /v1beta/models/gemini-x:generateContent HTTP/1.1\r\n", 55), 0);
+    assert_int_equal(strncmp(buf_str(&f->server.head),
+                             "POST /v1beta/models/gemini-x:generateContent HTTP/1.1\r\n", 55),
+                     0);
     assert_string_equal(header(&f->server, "x-goog-api-key"), "the-key");
     assert_string_equal(header(&f->server, "Content-Type"), "application/json");
     assert_string_equal(header(&f->server, "Expect"), "");
@@ -885,9 +965,11 @@ static void test_statuses(void **state)
     } cases[] = {
         {"503 Service Unavailable", "", HTML, RETRY_TRANSIENT, -1},
         {"429 Too Many Requests", "Retry-After: 7\r\n", HTML, RETRY_RATE_LIMITED, 7000},
-        {"429 Too Many Requests", "retry-after:  8 \r\n", ERROR("429", "S", "m", RETRY("2s")), RETRY_RATE_LIMITED, 8000},
+        {"429 Too Many Requests", "retry-after:  8 \r\n", ERROR("429", "S", "m", RETRY("2s")),
+         RETRY_RATE_LIMITED, 8000},
         {"302 Found", "Location: /elsewhere\r\n", "", RETRY_REJECTED, -1},
-        {"400 Bad Request", "", ERROR("400", "S", "m", REASON("API_KEY_INVALID")), RETRY_KEY_INVALID, -1},
+        {"400 Bad Request", "", ERROR("400", "S", "m", REASON("API_KEY_INVALID")),
+         RETRY_KEY_INVALID, -1},
         {"200 OK", "", OK_BODY, RETRY_BAD_TEXT, -1},
     };
     struct fixture *f = *state;
@@ -992,10 +1074,12 @@ static void test_probe(void **state)
     set_response(f, "403 Forbidden", "", HTML);
     assert_int_equal(gemini_probe(&f->config, detail, sizeof detail, &err), ERR_NONE);
     assert_non_null(strstr(detail, "403"));
-    assert_int_equal(strncmp(buf_str(&f->server.head), "GET /v1beta/models/gemini-x HTTP/1.1\r\n", 37), 0);
+    assert_int_equal(
+        strncmp(buf_str(&f->server.head), "GET /v1beta/models/gemini-x HTTP/1.1\r\n", 37), 0);
     assert_string_equal(header(&f->server, "x-goog-api-key"), "");
     atomic_store(&f->server.behaviour, CLOSE);
-    assert_int_equal(gemini_probe(&f->config, detail, sizeof detail, &err), ERR_UPSTREAM_UNAVAILABLE);
+    assert_int_equal(gemini_probe(&f->config, detail, sizeof detail, &err),
+                     ERR_UPSTREAM_UNAVAILABLE);
     assert_int_equal(err.code, ERR_UPSTREAM_UNAVAILABLE);
 }
 

@@ -1,10 +1,10 @@
 /* test_invoice.c - what is made of Gemini's text: shape, sums, IBAN. What comes out is compared as
  * JSON, warnings as one line "code pointer;" each. */
+#include <json.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <json.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -97,14 +97,16 @@ static const struct {
 } shapes[] = {
     {"{}", "{}", ""},
     {" \r\n{ } \n", "{}", ""},
-    {"{\"invoice_number\":\"R-1\",\"currency\":null}", "{\"invoice_number\":\"R-1\",\"currency\":null}", ""},
+    {"{\"invoice_number\":\"R-1\",\"currency\":null}",
+     "{\"invoice_number\":\"R-1\",\"currency\":null}", ""},
     {"{\"vendor\":{\"name\":\"M\xC3\xBCller\"},\"line_items\":[],\"totals\":null}",
      "{\"vendor\":{\"name\":\"M\xC3\xBCller\"},\"line_items\":[],\"totals\":null}", ""},
     {"{\"invoice_number\":\"\\u00e9\\n\\\"\"}", "{\"invoice_number\":\"\xC3\xA9\\n\\\"\"}", ""},
 
     /* unknown fields, at each level */
     {"{\"x\":1,\"currency\":\"EUR\"}", "{\"currency\":\"EUR\"}", "unknown_field /x;"},
-    {"{\"vendor\":{\"x\":{\"y\":1},\"name\":\"A\"}}", "{\"vendor\":{\"name\":\"A\"}}", "unknown_field /vendor/x;"},
+    {"{\"vendor\":{\"x\":{\"y\":1},\"name\":\"A\"}}", "{\"vendor\":{\"name\":\"A\"}}",
+     "unknown_field /vendor/x;"},
     {"{\"line_items\":[{\"unit\":\"h\"},{\"x\":1},{\"y\":null,\"unit\":\"h\"}]}",
      "{\"line_items\":[{\"unit\":\"h\"},{},{\"unit\":\"h\"}]}",
      "unknown_field /line_items/1/x;unknown_field /line_items/2/y;"},
@@ -125,17 +127,20 @@ static const struct {
      "wrong_type /line_items/0;wrong_type /line_items/1/unit;"},
 
     /* numbers, digit by digit */
-    {"{\"totals\":{\"total\":1234.50}}", "{\"totals\":{\"total\":\"1234.50\"}}", "wrong_type /totals/total;"},
-    {"{\"totals\":{\"total\":-0.10}}", "{\"totals\":{\"total\":\"-0.10\"}}", "wrong_type /totals/total;"},
-    {"{\"totals\":{\"total\":0.1234567890123456789}}", "{\"totals\":{\"total\":\"0.1234567890123456789\"}}",
+    {"{\"totals\":{\"total\":1234.50}}", "{\"totals\":{\"total\":\"1234.50\"}}",
      "wrong_type /totals/total;"},
-    {"{\"totals\":{\"total\":1e2}}", "{\"totals\":{\"total\":\"1e2\"}}", "wrong_type /totals/total;"},
-    {"{\"totals\":{\"total\":9223372036854775807}}", "{\"totals\":{\"total\":\"9223372036854775807\"}}",
+    {"{\"totals\":{\"total\":-0.10}}", "{\"totals\":{\"total\":\"-0.10\"}}",
      "wrong_type /totals/total;"},
-    {"{\"totals\":{\"total\":18446744073709551615}}", "{\"totals\":{\"total\":\"18446744073709551615\"}}",
-     ""},
-    {"{\"totals\":{\"total\":-9223372036854775808}}", "{\"totals\":{\"total\":\"-9223372036854775808\"}}",
+    {"{\"totals\":{\"total\":0.1234567890123456789}}",
+     "{\"totals\":{\"total\":\"0.1234567890123456789\"}}", "wrong_type /totals/total;"},
+    {"{\"totals\":{\"total\":1e2}}", "{\"totals\":{\"total\":\"1e2\"}}",
      "wrong_type /totals/total;"},
+    {"{\"totals\":{\"total\":9223372036854775807}}",
+     "{\"totals\":{\"total\":\"9223372036854775807\"}}", "wrong_type /totals/total;"},
+    {"{\"totals\":{\"total\":18446744073709551615}}",
+     "{\"totals\":{\"total\":\"18446744073709551615\"}}", ""},
+    {"{\"totals\":{\"total\":-9223372036854775808}}",
+     "{\"totals\":{\"total\":\"-9223372036854775808\"}}", ""},
 };
 
 static void test_shape(void **state)
@@ -202,10 +207,12 @@ static void test_not_an_object(void **state)
 static void test_not_utf8(void **state)
 {
     static const char *const texts[] = {
-        "{\"currency\":\"\xFF\"}",         "{\"currency\":\"\xC3\"}",
-        "{\"caf\xE9\":1}",                 "{\"currency\":\"\xF8\x88\x80\x80\x80\"}",
-        "{\"currency\":\"\xC0\xAF\"}",     /* overlong */
-        "{\"currency\":\"\xED\xA0\x80\"}", /* a surrogate */
+        "{\"currency\":\"\xFF\"}",
+        "{\"currency\":\"\xC3\"}",
+        "{\"caf\xE9\":1}",
+        "{\"currency\":\"\xF8\x88\x80\x80\x80\"}",
+        "{\"currency\":\"\xC0\xAF\"}",         /* overlong */
+        "{\"currency\":\"\xED\xA0\x80\"}",     /* a surrogate */
         "{\"currency\":\"\xF4\x90\x80\x80\"}", /* above U+10FFFF */
     };
     struct invoice invoice;
@@ -226,9 +233,9 @@ static void test_nul_ends_nothing(void **state)
 
 static void test_cut_anywhere(void **state)
 {
-    static const char text[] =
-        "{\"vendor\":{\"name\":\"M\xC3\xBCller\",\"iban\":null},\"line_items\":[{\"amount\":\"1.00\"}],"
-        "\"totals\":{\"subtotal\":\"1.00\",\"tax\":-1.5e1,\"total\":true}}";
+    static const char text[] = "{\"vendor\":{\"name\":\"M\xC3\xBCller\",\"iban\":null},\"line_"
+                               "items\":[{\"amount\":\"1.00\"}],"
+                               "\"totals\":{\"subtotal\":\"1.00\",\"tax\":-1.5e1,\"total\":true}}";
     struct invoice invoice;
     (void)state;
 
@@ -276,7 +283,8 @@ static void test_many_warnings(void **state)
         buf_printf(&b, "%s{\"x\":1}", i > 0 ? "," : "");
     buf_append_str(&b, "]}");
     assert_true(invoice_parse(&invoice, schema, b.data, b.len));
-    assert_in_range(json_object_array_length(invoice.warnings), 50, 200); /* an answer stays small */
+    assert_in_range(json_object_array_length(invoice.warnings), 50,
+                    200); /* an answer stays small */
     assert_int_equal(json_object_array_length(json_object_object_get(invoice.data, "line_items")),
                      5000);
     invoice_reset(&invoice);
@@ -288,10 +296,9 @@ static void test_many_warnings(void **state)
     buf_append_str(&b, "\":1,\"y\":1}}");
     assert_true(invoice_parse(&invoice, schema, b.data, b.len));
     assert_int_equal(json_object_array_length(invoice.warnings), 2);
-    assert_string_equal(
-        json_object_get_string(json_object_object_get(
-            json_object_array_get_idx(invoice.warnings, 1), "field")),
-        "/vendor/y");
+    assert_string_equal(json_object_get_string(json_object_object_get(
+                            json_object_array_get_idx(invoice.warnings, 1), "field")),
+                        "/vendor/y");
     invoice_reset(&invoice);
     buf_reset(&b);
 }
@@ -299,8 +306,9 @@ static void test_many_warnings(void **state)
 /* ---- sums ---- */
 
 #define LINES(a, b) "\"line_items\":[{\"amount\":" a "},{\"amount\":" b "}]"
-#define TOTALS(subtotal, discount, tax, total) \
-    "\"totals\":{\"subtotal\":" subtotal ",\"discount\":" discount ",\"tax\":" tax ",\"total\":" total "}"
+#define TOTALS(subtotal, discount, tax, total)                                     \
+    "\"totals\":{\"subtotal\":" subtotal ",\"discount\":" discount ",\"tax\":" tax \
+    ",\"total\":" total "}"
 #define LINES_WARN "sum_mismatch /totals/subtotal;"
 #define TOTAL_WARN "sum_mismatch /totals/total;"
 
@@ -309,7 +317,8 @@ static const struct {
 } sums[] = {
     /* lines to subtotal */
     {"{" LINES("\"1.10\"", "\"2.20\"") ",\"totals\":{\"subtotal\":\"3.30\"}}", ""},
-    {"{" LINES("\"1.10\"", "\"2.20\"") ",\"totals\":{\"subtotal\":\"3.31\"}}", ""}, /* a cent: rounding */
+    {"{" LINES("\"1.10\"", "\"2.20\"") ",\"totals\":{\"subtotal\":\"3.31\"}}",
+     ""}, /* a cent: rounding */
     {"{" LINES("\"1.10\"", "\"2.20\"") ",\"totals\":{\"subtotal\":\"3.29\"}}", ""},
     {"{" LINES("\"1.10\"", "\"2.20\"") ",\"totals\":{\"subtotal\":\"3.32\"}}", LINES_WARN},
     {"{" LINES("\"1.10\"", "\"2.20\"") ",\"totals\":{\"subtotal\":\"3.3101\"}}", LINES_WARN},
@@ -319,8 +328,11 @@ static const struct {
     {"{" LINES("\"+1.00\"", "\"2.\"") ",\"totals\":{\"subtotal\":\"3.0000000\"}}", ""},
     {"{" LINES("\"0.3333\"", "\"0.6667\"") ",\"totals\":{\"subtotal\":\"1.00\"}}", ""},
     /* 0.1 + 0.2 and large amounts are exact */
-    {"{" LINES("\"999999999999.99\"", "\"0.01\"") ",\"totals\":{\"subtotal\":\"1000000000000.00\"}}", ""},
-    {"{" LINES("\"99999999999.99\"", "\"0.05\"") ",\"totals\":{\"subtotal\":\"100000000000.00\"}}", LINES_WARN},
+    {"{" LINES("\"999999999999.99\"",
+               "\"0.01\"") ",\"totals\":{\"subtotal\":\"1000000000000.00\"}}",
+     ""},
+    {"{" LINES("\"99999999999.99\"", "\"0.05\"") ",\"totals\":{\"subtotal\":\"100000000000.00\"}}",
+     LINES_WARN},
     /* only where all is there */
     {"{" LINES("\"1.00\"", "null") ",\"totals\":{\"subtotal\":\"9.00\"}}", ""},
     {"{" LINES("\"1.00\"", "\"abc\"") ",\"totals\":{\"subtotal\":\"9.00\"}}", ""},
@@ -332,7 +344,10 @@ static const struct {
     {"{" LINES("\"1.00\"", "\"1.0.0\"") ",\"totals\":{\"subtotal\":\"9.00\"}}", ""},
     {"{" LINES("\"1.00\"", "\"--1\"") ",\"totals\":{\"subtotal\":\"9.00\"}}", ""},
     {"{" LINES("\"1.00\"", "\"0.00001\"") ",\"totals\":{\"subtotal\":\"9.00\"}}", ""},
-    {"{" LINES("\"1.00\"", "\"99999999999999999999999999999999999999999999\"") ",\"totals\":{\"subtotal\":\"9.00\"}}", ""},
+    {"{" LINES(
+         "\"1.00\"",
+         "\"99999999999999999999999999999999999999999999\"") ",\"totals\":{\"subtotal\":\"9.00\"}}",
+     ""},
     {"{" LINES("\"1.00\"", "\"18446744073709551617\"") ",\"totals\":{\"subtotal\":\"9.00\"}}", ""},
     {"{\"line_items\":[],\"totals\":{\"subtotal\":\"9.00\"}}", ""},
     {"{\"line_items\":null,\"totals\":{\"subtotal\":\"9.00\"}}", ""},
@@ -348,7 +363,8 @@ static const struct {
     {"{" TOTALS("\"100.00\"", "null", "\"19.00\"", "\"119.02\"") "}", TOTAL_WARN},
     {"{" TOTALS("\"100.00\"", "null", "\"19.00\"", "\"118.98\"") "}", TOTAL_WARN},
     {"{" TOTALS("\"100.00\"", "\"10.00\"", "\"17.10\"", "\"107.10\"") "}", ""},
-    {"{" TOTALS("\"100.00\"", "\"-10.00\"", "\"17.10\"", "\"107.10\"") "}", ""}, /* printed with its sign */
+    {"{" TOTALS("\"100.00\"", "\"-10.00\"", "\"17.10\"", "\"107.10\"") "}",
+     ""}, /* printed with its sign */
     {"{" TOTALS("\"100.00\"", "\"10.00\"", "\"17.10\"", "\"117.10\"") "}", TOTAL_WARN},
     {"{" TOTALS("\"-100.00\"", "null", "\"-19.00\"", "\"-119.00\"") "}", ""}, /* a credit note */
     {"{" TOTALS("\"100.00\"", "\"a lot\"", "\"19.00\"", "\"1.00\"") "}", ""},
@@ -376,8 +392,8 @@ static void test_sums(void **state)
 
 static void test_what_a_sum_says(void **state)
 {
-    static const char text[] =
-        "{" LINES("\"1000\"", "\"234.5678\"") "," TOTALS("\"-0.05\"", "null", "\"0\"", "\"7.1\"") "}";
+    static const char text[] = "{" LINES("\"1000\"", "\"234.5678\"") "," TOTALS(
+        "\"-0.05\"", "null", "\"0\"", "\"7.1\"") "}";
     struct invoice invoice;
     const char *all;
     (void)state;
@@ -395,15 +411,32 @@ static void test_what_a_sum_says(void **state)
 static void test_iban(void **state)
 {
     static const char *const good[] = {
-        "DE89370400440532013000", "DE89 3704 0044 0532 0130 00", "de89370400440532013000",
-        "GB29NWBK60161331926819", "FR1420041010050500013M02606", "CH9300762011623852957",
-        "NO9386011117947", "MT84MALT011000012345MTLCAST001S", "LC55HEMM000100010012001200023015",
+        "DE89370400440532013000",
+        "DE89 3704 0044 0532 0130 00",
+        "de89370400440532013000",
+        "GB29NWBK60161331926819",
+        "FR1420041010050500013M02606",
+        "CH9300762011623852957",
+        "NO9386011117947",
+        "MT84MALT011000012345MTLCAST001S",
+        "LC55HEMM000100010012001200023015",
         "PL61109010140000071219812874",
     };
     static const char *const bad[] = {
-        "", " ", "DE", "DE88370400440532013000", "DE89370400440532013001", "ED89370400440532013000",
-        "DE8937040044053201300", "DE89-3704-0044-0532-0130-00", "1289370400440532013000",
-        "DEAA370400440532013000", "DE89370400440532013000\xC3\xA9", "NO93860111179", "\u0414E89370400440532013000",
+        "",
+        " ",
+        "DE",
+        "DE88370400440532013000",
+        "DE89370400440532013001",
+        "ED89370400440532013000",
+        "DE8937040044053201300",
+        "DE89-3704-0044-0532-0130-00",
+        "1289370400440532013000",
+        "NO751234567", /* fits modulo 97, but no IBAN is so short */
+        "DEAA370400440532013000",
+        "DE89370400440532013000\xC3\xA9",
+        "NO93860111179",
+        "\u0414E89370400440532013000",
         "DE89370400440532013000000000000000000000000000000000",
     };
     char text[200];
@@ -453,8 +486,8 @@ static void test_iban_misread(void **state)
 static void test_schema_compiled_in(void **state)
 {
     static const char *const fields[] = {
-        "document_type", "invoice_number", "issue_date", "due_date", "currency", "purchase_order",
-        "payment_terms", "vendor", "customer", "line_items", "taxes", "totals"};
+        "document_type", "invoice_number", "issue_date", "due_date",   "currency", "purchase_order",
+        "payment_terms", "vendor",         "customer",   "line_items", "taxes",    "totals"};
     json_object *sent = json_tokener_parse(invoice_schema_text(schema));
     json_object *source = json_tokener_parse(embed_invoice_schema), *properties;
     (void)state;
@@ -503,8 +536,10 @@ static void test_schema_file(void **state)
     static const struct {
         const char *text, *data, *warnings;
     } cases[] = {
-        {"{\"n\":1,\"f\":1.5,\"b\":true,\"any\":{\"x\":[1]},\"list\":[1,\"2\",null],\"o\":{\"x\":1}}",
-         "{\"n\":1,\"f\":1.5,\"b\":true,\"any\":{\"x\":[1]},\"list\":[1,null,null],\"o\":{\"x\":1}}",
+        {"{\"n\":1,\"f\":1.5,\"b\":true,\"any\":{\"x\":[1]},\"list\":[1,\"2\",null],\"o\":{\"x\":1}"
+         "}",
+         "{\"n\":1,\"f\":1.5,\"b\":true,\"any\":{\"x\":[1]},\"list\":[1,null,null],\"o\":{\"x\":1}"
+         "}",
          "wrong_type /list/1;"},
         {"{\"n\":1.5,\"f\":2,\"b\":1,\"extra\":1}", "{\"n\":null,\"f\":2,\"b\":null}",
          "wrong_type /n;wrong_type /b;unknown_field /extra;"},
@@ -512,14 +547,17 @@ static void test_schema_file(void **state)
          "{\"totals\":{\"subtotal\":1,\"tax\":1,\"total\":9},\"vendor\":\"x\"}", ""},
     };
     struct err err;
-    struct invoice_schema *own = schema_of(
-        "{\"type\":\"object\",\"properties\":{\"n\":{\"type\":\"integer\"},\"f\":{\"type\":\"number\"},"
-        "\"b\":{\"type\":\"boolean\"},\"any\":{},\"list\":{\"type\":\"array\",\"items\":{\"type\":\"integer\"}},"
-        "\"o\":{\"type\":\"object\"},\"totals\":{},\"vendor\":{\"type\":[\"string\"]}}}",
-        &err);
+    struct invoice_schema *own =
+        schema_of("{\"type\":\"object\",\"properties\":{\"n\":{\"type\":\"integer\","
+                  "\"description\":\"m/s\"},\"f\":{\"type\":\"number\"},"
+                  "\"b\":{\"type\":\"boolean\"},\"any\":{},\"list\":{\"type\":\"array\",\"items\":{"
+                  "\"type\":\"integer\"}},"
+                  "\"o\":{\"type\":\"object\"},\"totals\":{},\"vendor\":{\"type\":[\"string\"]}}}",
+                  &err);
     (void)state;
 
     assert_non_null(own);
+    assert_non_null(strstr(invoice_schema_text(own), "m/s"));
     for (size_t i = 0; i < COUNT(cases); i++)
         expect(own, cases[i].text, cases[i].data, cases[i].warnings);
     invoice_schema_free(own);
@@ -551,8 +589,16 @@ static void test_no_number(void **state)
 static void test_schema_file_refused(void **state)
 {
     static const char *const texts[] = {
-        "", "x", "{", "[]", "\"properties\"", "{}", "{\"type\":\"object\"}", "{\"properties\":[]}",
-        "{\"properties\":null}", "null",
+        "",
+        "x",
+        "{",
+        "[]",
+        "\"properties\"",
+        "{}",
+        "{\"type\":\"object\"}",
+        "{\"properties\":[]}",
+        "{\"properties\":null}",
+        "null",
     };
     static char large[1100000];
     struct err err;
@@ -577,10 +623,11 @@ static void test_schema_file_refused(void **state)
 static void test_schema_file_with_odd_types(void **state)
 {
     struct err err;
-    struct invoice_schema *own = schema_of(
-        "{\"properties\":{\"a\":{\"type\":[null,5,\"string\"]},\"b\":{\"type\":{}},\"c\":{\"properties\":[]},"
-        "\"d\":{\"type\":\"array\",\"items\":5},\"e\":7,\"f\":null}}",
-        &err);
+    struct invoice_schema *own =
+        schema_of("{\"properties\":{\"a\":{\"type\":[null,5,\"string\"]},\"b\":{\"type\":{}},\"c\":"
+                  "{\"properties\":[]},"
+                  "\"d\":{\"type\":\"array\",\"items\":5},\"e\":7,\"f\":null}}",
+                  &err);
     (void)state;
 
     if (own == NULL)

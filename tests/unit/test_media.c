@@ -53,10 +53,10 @@ static void expect(const char *what, const char *data, size_t len, enum err_code
 /* ---- files made here ---- */
 
 #define PDF "%PDF-1.4\n1 0 obj\n<< /Type /Page >>\nendobj\nstartxref\n9\n"
-#define JUNK100 \
-    "junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk "
-#define JUNK1000 \
-    JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100
+#define JUNK100                                                                                  \
+    "junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk junk " \
+    "junk junk "
+#define JUNK1000 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100 JUNK100
 
 #define PNG "\x89PNG\r\n\x1a\n"
 #define IHDR "\0\0\0\rIHDR\0\0\0\1\0\0\0\1\x8\0\0\0\0crc."
@@ -65,15 +65,23 @@ static void expect(const char *what, const char *data, size_t len, enum err_code
 
 #define SOI "\xFF\xD8"
 #define APP0 "\xFF\xE0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
-#define SCAN "\xFF\xDA\0\x8\1\1\0\0\x3F\0" "data\xFF\0data\xFF\xD0more\xFF\xD7last"
+#define SCAN                      \
+    "\xFF\xDA\0\x8\1\1\0\0\x3F\0" \
+    "data\xFF\0data\xFF\xD0more\xFF\xD7last"
 #define EOI "\xFF\xD9"
 
 #define WEBP(size) "RIFF" size "WEBP"
 #define VP8L "VP8L\x5\0\0\0/\0\0\0\0\0"
 
-#define FTYP16(major) "\0\0\0\x10" "ftyp" major "\0\0\0\0"
-#define FTYP20(major, brand) "\0\0\0\x14" "ftyp" major "\0\0\0\0" brand
-#define FTYP28(major, a, b, c) "\0\0\0\x1C" "ftyp" major "\0\0\0\0" a b c
+#define FTYP16(major) \
+    "\0\0\0\x10"      \
+    "ftyp" major "\0\0\0\0"
+#define FTYP20(major, brand) \
+    "\0\0\0\x14"             \
+    "ftyp" major "\0\0\0\0" brand
+#define FTYP28(major, a, b, c) \
+    "\0\0\0\x1C"               \
+    "ftyp" major "\0\0\0\0" a b c
 #define MDAT "\0\0\0\x8mdat"
 
 #define INVALID ERR_INVALID_FILE, UNKNOWN
@@ -93,7 +101,8 @@ static const struct {
     {"PDF saved twice", FILE_OF(PDF "%%EOF\n" PDF "%%EOF\n"), ERR_NONE, MEDIA_PDF},
     {"PDF after a line", FILE_OF("HTTP/1.0 200 OK\r\n\r\n" PDF "%%EOF\n"), ERR_NONE, MEDIA_PDF},
     {"PDF after a mark of UTF-8", FILE_OF("\xEF\xBB\xBF" PDF "%%EOF\n"), ERR_NONE, MEDIA_PDF},
-    {"PDF, header ends at 1024", FILE_OF(JUNK1000 "1234567890123456789" PDF "%%EOF"), ERR_NONE, MEDIA_PDF},
+    {"PDF, header ends at 1024", FILE_OF(JUNK1000 "1234567890123456789" PDF "%%EOF"), ERR_NONE,
+     MEDIA_PDF},
     {"PDF, header ends at 1025", FILE_OF(JUNK1000 "12345678901234567890" PDF "%%EOF"), FOREIGN},
     {"PDF, header only", FILE_OF("%PDF-1.7\n"), INVALID},
     {"PDF, header cut", FILE_OF("%PDF"), FOREIGN},
@@ -106,26 +115,35 @@ static const struct {
     {"PNG, signature only", FILE_OF(PNG), INVALID},
     {"PNG, signature cut", FILE_OF("\x89PNG\r\n\x1a"), FOREIGN},
     {"PNG without IHDR", FILE_OF(PNG IDAT IEND "12345678901234567890"), INVALID},
-    {"PNG, IHDR of another size", FILE_OF(PNG "\0\0\0\x0EIHDR\0\0\0\1\0\0\0\1\x8\0\0\0\0+crc." IEND), INVALID},
+    {"PNG, IHDR of another size",
+     FILE_OF(PNG "\0\0\0\x0EIHDR\0\0\0\1\0\0\0\1\x8\0\0\0\0+crc." IEND), INVALID},
     {"PNG without IEND", FILE_OF(PNG IHDR IDAT), INVALID},
     {"PNG, IEND cut", FILE_OF(PNG IHDR IDAT "\0\0\0\0IENDcrc"), INVALID},
     {"PNG, a chunk longer than the file", FILE_OF(PNG IHDR "\0\0\1\0IDATabcdecrc." IEND), INVALID},
     {"PNG, a chunk of 4 GB", FILE_OF(PNG IHDR "\xFF\xFF\xFF\xFFIDATabcdecrc." IEND), INVALID},
-    {"PNG, a chunk of 4 GB less 12", FILE_OF(PNG IHDR "\xFF\xFF\xFF\xF4IDATabcdecrc." IEND), INVALID},
+    {"PNG, a chunk of 4 GB less 12", FILE_OF(PNG IHDR "\xFF\xFF\xFF\xF4IDATabcdecrc." IEND),
+     INVALID},
     {"PNG, IEND inside a chunk", FILE_OF(PNG IHDR "\0\0\0\x0CIDAT" IEND "crc."), INVALID},
 
     {"JPEG", FILE_OF(SOI APP0 SCAN EOI), ERR_NONE, MEDIA_JPEG},
     {"JPEG with bytes behind", FILE_OF(SOI APP0 SCAN EOI "\0\0\xFF"), ERR_NONE, MEDIA_JPEG},
-    {"JPEG with fill bytes", FILE_OF(SOI "\xFF\xFF" APP0 SCAN "\xFF\xFF\xFF\xD9"), ERR_NONE, MEDIA_JPEG},
+    {"JPEG with fill bytes", FILE_OF(SOI "\xFF\xFF" APP0 SCAN "\xFF\xFF\xFF\xD9"), ERR_NONE,
+     MEDIA_JPEG},
     {"JPEG of two scans", FILE_OF(SOI APP0 SCAN SCAN EOI), ERR_NONE, MEDIA_JPEG},
     {"JPEG, start only", FILE_OF("\xFF\xD8\xFF"), INVALID},
     {"JPEG, start cut", FILE_OF("\xFF\xD8"), FOREIGN},
     {"JPEG without end", FILE_OF(SOI APP0 SCAN), INVALID},
     {"JPEG, end cut", FILE_OF(SOI APP0 SCAN "\xFF"), INVALID},
-    {"JPEG, only its thumbnail ends", FILE_OF(SOI "\xFF\xE1\0\x0E" "Exif\0\0" SOI "ab" EOI SCAN), INVALID},
-    {"JPEG, its thumbnail ends and so does it", FILE_OF(SOI "\xFF\xE1\0\x0E" "Exif\0\0" SOI "ab" EOI SCAN EOI),
+    {"JPEG, only its thumbnail ends",
+     FILE_OF(SOI "\xFF\xE1\0\x0E"
+                 "Exif\0\0" SOI "ab" EOI SCAN),
+     INVALID},
+    {"JPEG, its thumbnail ends and so does it",
+     FILE_OF(SOI "\xFF\xE1\0\x0E"
+                 "Exif\0\0" SOI "ab" EOI SCAN EOI),
      ERR_NONE, MEDIA_JPEG},
     {"JPEG, a segment longer than the file", FILE_OF(SOI "\xFF\xE0\xFF\xFFJFIF" EOI), INVALID},
+    {"JPEG, a second start is no end", FILE_OF(SOI APP0 SOI SCAN), INVALID},
     {"JPEG, a segment too short for its size", FILE_OF(SOI "\xFF\xE0\0\1JFIF" EOI), INVALID},
 
     {"WEBP", FILE_OF(WEBP("\x12\0\0\0") VP8L), ERR_NONE, MEDIA_WEBP},
@@ -146,23 +164,45 @@ static const struct {
     {"HEIC, heis", FILE_OF(FTYP20("heis", "mif1") MDAT), ERR_NONE, MEDIA_HEIC},
     {"HEIC, hevc", FILE_OF(FTYP20("hevc", "msf1") MDAT), ERR_NONE, MEDIA_HEIC},
     {"HEIC, hevx", FILE_OF(FTYP20("hevx", "msf1") MDAT), ERR_NONE, MEDIA_HEIC},
-    {"HEIC, general brand first", FILE_OF(FTYP28("mif1", "mif1", "miaf", "heic") MDAT), ERR_NONE, MEDIA_HEIC},
+    {"HEIC, general brand first", FILE_OF(FTYP28("mif1", "mif1", "miaf", "heic") MDAT), ERR_NONE,
+     MEDIA_HEIC},
     {"HEIF, mif1", FILE_OF(FTYP20("mif1", "miaf") MDAT), ERR_NONE, MEDIA_HEIF},
     {"HEIF, msf1", FILE_OF(FTYP20("msf1", "miaf") MDAT), ERR_NONE, MEDIA_HEIF},
     {"HEIF, among the compatible", FILE_OF(FTYP20("abcd", "mif1") MDAT), ERR_NONE, MEDIA_HEIF},
-    {"a minor version is no brand", FILE_OF("\0\0\0\x14" "ftypisomheicmp42" MDAT), FOREIGN},
+    {"a minor version is no brand",
+     FILE_OF("\0\0\0\x14"
+             "ftypisomheicmp42" MDAT),
+     FOREIGN},
     {"a brand behind the box is none", FILE_OF(FTYP20("isom", "mp42") "heicheic"), FOREIGN},
     {"AVIF", FILE_OF(FTYP28("avif", "avif", "mif1", "miaf") MDAT), FOREIGN},
     {"AVIF, general brand first", FILE_OF(FTYP28("mif1", "mif1", "avif", "miaf") MDAT), FOREIGN},
     {"AVIF, a sequence", FILE_OF(FTYP28("avis", "avif", "msf1", "miaf") MDAT), FOREIGN},
     {"MP4", FILE_OF(FTYP20("isom", "mp41") MDAT), FOREIGN},
     {"QuickTime", FILE_OF(FTYP20("qt  ", "qt  ") MDAT), FOREIGN},
-    {"HEIC, cut in its ftyp", FILE_OF("\0\0\0\x14" "ftypheic\0\0\0\0mif"), INVALID},
-    {"HEIC, cut before its brand", FILE_OF("\0\0\0\x14" "ftyp"), FOREIGN},
-    {"HEIC, ftyp of 2 GB", FILE_OF("\x7F\xFF\xFF\xFC" "ftypheic\0\0\0\0mif1"), INVALID},
-    {"HEIC, ftyp of 4 bytes", FILE_OF("\0\0\0\4" "ftypheic\0\0\0\0mif1"), INVALID},
-    {"HEIC, ftyp without room for a brand", FILE_OF("\0\0\0\x0C" "ftypheic\0\0\0\0mif1"), INVALID},
-    {"HEIC, ftyp of half a brand", FILE_OF("\0\0\0\x12" "ftypheic\0\0\0\0mif1"), INVALID},
+    {"HEIC, cut in its ftyp",
+     FILE_OF("\0\0\0\x14"
+             "ftypheic\0\0\0\0mif"),
+     INVALID},
+    {"HEIC, cut before its brand",
+     FILE_OF("\0\0\0\x14"
+             "ftyp"),
+     FOREIGN},
+    {"HEIC, ftyp of 2 GB",
+     FILE_OF("\x7F\xFF\xFF\xFC"
+             "ftypheic\0\0\0\0mif1"),
+     INVALID},
+    {"HEIC, ftyp of 4 bytes",
+     FILE_OF("\0\0\0\4"
+             "ftypheic\0\0\0\0mif1"),
+     INVALID},
+    {"HEIC, ftyp without room for a brand",
+     FILE_OF("\0\0\0\x0C"
+             "ftypheic\0\0\0\0mif1"),
+     INVALID},
+    {"HEIC, ftyp of half a brand",
+     FILE_OF("\0\0\0\x12"
+             "ftypheic\0\0\0\0mif1"),
+     INVALID},
 
     {"GIF", FILE_OF("GIF89a\1\0\1\0\0\0\0;"), FOREIGN},
     {"TIFF, II", FILE_OF("II*\0\x8\0\0\0\0\0"), FOREIGN},
@@ -204,7 +244,8 @@ static const struct {
     const char *name;
     enum media_kind kind;
     int pages;
-    const char *good_from; /* what must be there before a part of the file may pass; "": all of it */
+    const char
+        *good_from; /* what must be there before a part of the file may pass; "": all of it */
 } samples[] = {
     {"invoice-de.pdf", MEDIA_PDF, 1, "%%EOF"},
     {"invoice-ja.pdf", MEDIA_PDF, 1, "%%EOF"},
@@ -331,9 +372,9 @@ static void test_estimates(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_files),        cmocka_unit_test(test_far_from_the_end),
-        cmocka_unit_test(test_samples),      cmocka_unit_test(test_every_prefix),
-        cmocka_unit_test(test_types),        cmocka_unit_test(test_estimates),
+        cmocka_unit_test(test_files),   cmocka_unit_test(test_far_from_the_end),
+        cmocka_unit_test(test_samples), cmocka_unit_test(test_every_prefix),
+        cmocka_unit_test(test_types),   cmocka_unit_test(test_estimates),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

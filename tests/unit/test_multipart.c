@@ -45,8 +45,8 @@ static enum err_code parse(const char *type, const char *body, size_t len, struc
     arena_init(&arena);
     *err = (struct err){0};
     enum err_code code = multipart_parse(&arena, type, copy, len, parts, &count, err);
-    assert_true(code == ERR_NONE || (code == ERR_BAD_REQUEST && err->code == code &&
-                                     err->message[0] != '\0'));
+    assert_true(code == ERR_NONE ||
+                (code == ERR_BAD_REQUEST && err->code == code && err->message[0] != '\0'));
     assert_true(count <= MULTIPART_MAX_PARTS);
     for (size_t i = 0; code == ERR_NONE && i < count; i++) {
         assert_true(parts[i].data >= copy && parts[i].data + parts[i].len <= copy + len);
@@ -85,7 +85,8 @@ static const struct {
 } forms[] = {
     {"one order", BODY(PART("file", "F") PART("companyID", "NT047") PART("username", "eva") END),
      "file=F;companyID=NT047;username=eva;"},
-    {"another order", BODY(PART("username", "eva") PART("companyID", "NT047") PART("file", "F") END),
+    {"another order",
+     BODY(PART("username", "eva") PART("companyID", "NT047") PART("file", "F") END),
      "username=eva;companyID=NT047;file=F;"},
     {"a field twice: the caller's matter", BODY(PART("a", "1") PART("a", "2") END), "a=1;a=2;"},
     {"no part at all", BODY(END), ""},
@@ -94,47 +95,59 @@ static const struct {
     {"preamble", BODY("This is a form.\r\n--c\r\n" PART("a", "1") END), "a=1;"},
     {"preamble of an empty line", BODY("\r\n" PART("a", "1") END), "a=1;"},
     {"preamble with a boundary inside a line", BODY("see --b\r\n" PART("a", "1") END), "a=1;"},
-    {"blanks after a delimiter", BODY("--b \t\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n" END),
-     "a=1;"},
+    {"blanks after a delimiter",
+     BODY("--b \t\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n" END), "a=1;"},
     {"other header lines",
      BODY("--b\r\nX-A: 1\r\nContent-Type: application/pdf\r\nContent-Disposition: form-data; "
           "name=\"file\"; filename=\"a.pdf\"\r\nContent-Length: 1\r\n\r\nF\r\n" END),
      "file=F;"},
 
-    {"case does not matter", BODY("--b\r\nCONTENT-disposition: Form-DATA; NAME=\"a\"\r\n\r\n1\r\n" END),
-     "a=1;"},
+    {"case does not matter",
+     BODY("--b\r\nCONTENT-disposition: Form-DATA; NAME=\"a\"\r\n\r\n1\r\n" END), "a=1;"},
     {"the name's own case does", BODY(PART("A", "1") END), "A=1;"},
-    {"the boundary's case does", BODY("--B\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n--B--"),
-     NULL},
-    {"no blank after the colon", BODY("--b\r\nContent-Disposition:form-data;name=a\r\n\r\n1\r\n" END),
-     "a=1;"},
+    {"the boundary's case does",
+     BODY("--B\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n--B--"), NULL},
+    {"no blank after the colon",
+     BODY("--b\r\nContent-Disposition:form-data;name=a\r\n\r\n1\r\n" END), "a=1;"},
     {"blanks round everything",
-     BODY("--b\r\nContent-Disposition: \t form-data \t; \t name = \t\"a\" \t; \r\n\r\n1\r\n" END), "a=1;"},
+     BODY("--b\r\nContent-Disposition: \t form-data \t; \t name = \t\"a\" \t; \r\n\r\n1\r\n" END),
+     "a=1;"},
 
     {"unquoted name", BODY(HEAD("form-data; name=companyID") "\r\n1\r\n" END), "companyID=1;"},
-    {"name after filename", BODY(HEAD("form-data; filename=\"x.pdf\"; name=\"file\"") "\r\nF\r\n" END),
-     "file=F;"},
+    {"name after filename",
+     BODY(HEAD("form-data; filename=\"x.pdf\"; name=\"file\"") "\r\nF\r\n" END), "file=F;"},
     {"a quote as browsers write it", BODY(PART("a%22b", "1") END), "a\"b=1;"},
     {"a quote escaped", BODY(PART("a\\\"b", "1") END), "a\"b=1;"},
     {"a backslash escaped", BODY(PART("a\\\\b", "1") END), "a\\b=1;"},
     {"a backslash left as it is", BODY(PART("a\\b", "1") END), "a\\b=1;"},
     {"other percent signs are text", BODY(PART("100%%2%41%0D%0A", "1") END), "100%%2%41%0D%0A=1;"},
-    {"a name in UTF-8", BODY(PART("stra\xC3\x9F" "e", "1") END), "stra\\xC3\\x9Fe=1;"},
+    {"a name in UTF-8",
+     BODY(PART("stra\xC3\x9F"
+               "e",
+               "1") END),
+     "stra\\xC3\\x9Fe=1;"},
     {"a file name that imitates a name",
      BODY(HEAD("form-data; name=\"file\"; filename=\"x; name=\\\"companyID\\\"\"") "\r\nF\r\n" END),
      "file=F;"},
     {"a file name of a path",
-     BODY(HEAD("form-data; name=\"file\"; filename=\"C:\\scan\\a.pdf\"") "\r\nF\r\n" END), "file=F;"},
+     BODY(HEAD("form-data; name=\"file\"; filename=\"C:\\scan\\a.pdf\"") "\r\nF\r\n" END),
+     "file=F;"},
     {"filename* is ignored",
-     BODY(HEAD("form-data; name=\"file\"; filename=\"x.pdf\"; filename*=UTF-8''%C3%A9.pdf") "\r\nF\r\n" END),
+     BODY(HEAD(
+         "form-data; name=\"file\"; filename=\"x.pdf\"; filename*=UTF-8''%C3%A9.pdf") "\r\nF\r"
+                                                                                      "\n" END),
      "file=F;"},
     {"name* is not the name", BODY(HEAD("form-data; name*=UTF-8''a") "\r\n1\r\n" END), NULL},
 
     {"an empty part", BODY(PART("a", "") PART("b", "2") END), "a=;b=2;"},
     {"an empty part without a line of its own",
      BODY(HEAD("form-data; name=a") "\r\n" PART("b", "2") END), "a=;b=2;"},
-    {"line ends in the data", BODY(PART("a", "\r\n1\r\n\r\n") END), "a=\\x0D\\x0A1\\x0D\\x0A\\x0D\\x0A;"},
-    {"NUL bytes in the data", BODY(PART("a", "\0" "1\0\0") END), "a=\\x001\\x00\\x00;"},
+    {"line ends in the data", BODY(PART("a", "\r\n1\r\n\r\n") END),
+     "a=\\x0D\\x0A1\\x0D\\x0A\\x0D\\x0A;"},
+    {"NUL bytes in the data",
+     BODY(PART("a", "\0"
+                    "1\0\0") END),
+     "a=\\x001\\x00\\x00;"},
     {"bytes that are no text", BODY(PART("a", "\xFF\xD8\xFF\r") END), "a=\\xFF\\xD8\\xFF\\x0D;"},
 
     {"alike: a delimiter itself", BODY(PART("a", "x\r\n--b\r\n--b") END), NULL},
@@ -144,39 +157,48 @@ static const struct {
     {"alike: after a bare carriage return", BODY(PART("a", "1\r--b--") END), "a=1\\x0D--b--;"},
     {"alike: one dash", BODY(PART("a", "1\r\n-b\r\n-b--") END), "a=1\\x0D\\x0A-b\\x0D\\x0A-b--;"},
     {"alike: three dashes", BODY(PART("a", "1\r\n---b") END), "a=1\\x0D\\x0A---b;"},
-    {"alike: another boundary", BODY(PART("a", "1\r\n--B\r\n--c") END), "a=1\\x0D\\x0A--B\\x0D\\x0A--c;"},
+    {"alike: another boundary", BODY(PART("a", "1\r\n--B\r\n--c") END),
+     "a=1\\x0D\\x0A--B\\x0D\\x0A--c;"},
     {"alike: two readers would differ", BODY(PART("a", "1\r\n--bx") END), NULL},
     {"alike: one dash behind", BODY(PART("a", "1\r\n--b-\r\n") END), NULL},
 
-    {"transfer encoding binary", BODY(HEAD("form-data; name=a") "Content-Transfer-Encoding: binary\r\n\r\n1\r\n" END),
+    {"transfer encoding binary",
+     BODY(HEAD("form-data; name=a") "Content-Transfer-Encoding: binary\r\n\r\n1\r\n" END), "a=1;"},
+    {"transfer encoding 8bit",
+     BODY(HEAD("form-data; name=a") "content-transfer-encoding:8BIT\r\n\r\n1\r\n" END), "a=1;"},
+    {"transfer encoding 7bit",
+     BODY("--b\r\nContent-Transfer-Encoding: 7bit\r\nContent-Disposition: form-data; "
+          "name=a\r\n\r\n1\r\n" END),
      "a=1;"},
-    {"transfer encoding 8bit", BODY(HEAD("form-data; name=a") "content-transfer-encoding:8BIT\r\n\r\n1\r\n" END),
-     "a=1;"},
-    {"transfer encoding 7bit", BODY("--b\r\nContent-Transfer-Encoding: 7bit\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n" END),
-     "a=1;"},
-    {"transfer encoding base64", BODY(HEAD("form-data; name=a") "Content-Transfer-Encoding: base64\r\n\r\nMQ==\r\n" END),
-     NULL},
+    {"transfer encoding base64",
+     BODY(HEAD("form-data; name=a") "Content-Transfer-Encoding: base64\r\n\r\nMQ==\r\n" END), NULL},
     {"transfer encoding quoted-printable",
-     BODY(HEAD("form-data; name=a") "CONTENT-TRANSFER-ENCODING: Quoted-Printable\r\n\r\n1\r\n" END), NULL},
-    {"transfer encoding empty", BODY(HEAD("form-data; name=a") "Content-Transfer-Encoding:\r\n\r\n1\r\n" END),
+     BODY(HEAD("form-data; name=a") "CONTENT-TRANSFER-ENCODING: Quoted-Printable\r\n\r\n1\r\n" END),
      NULL},
+    {"transfer encoding empty",
+     BODY(HEAD("form-data; name=a") "Content-Transfer-Encoding:\r\n\r\n1\r\n" END), NULL},
 
     {"empty body", BODY(""), NULL},
     {"no boundary in it", BODY("companyID=NT047&username=eva"), NULL},
-    {"line feeds alone", BODY("--b\nContent-Disposition: form-data; name=\"a\"\n\n1\n--b--\n"), NULL},
-    {"line feeds alone in the header", BODY("--b\r\nContent-Disposition: form-data; name=\"a\"\n\n1\r\n" END),
+    {"line feeds alone", BODY("--b\nContent-Disposition: form-data; name=\"a\"\n\n1\n--b--\n"),
      NULL},
+    {"line feeds alone in the header",
+     BODY("--b\r\nContent-Disposition: form-data; name=\"a\"\n\n1\r\n" END), NULL},
     {"no closing delimiter", BODY(PART("a", "1") "--b\r\n"), NULL},
     {"no name", BODY(HEAD("form-data") "\r\n1\r\n" END), NULL},
     {"only a file name", BODY(HEAD("form-data; filename=\"name\"") "\r\n1\r\n" END), NULL},
     {"no disposition", BODY("--b\r\nContent-Type: text/plain\r\n\r\n1\r\n" END), NULL},
     {"no header", BODY("--b\r\n\r\n1\r\n" END), NULL},
     {"another disposition", BODY(HEAD("attachment; name=\"a\"") "\r\n1\r\n" END), NULL},
-    {"a disposition that only begins alike", BODY(HEAD("form-data2; name=\"a\"") "\r\n1\r\n" END), NULL},
+    {"a disposition that only begins alike", BODY(HEAD("form-data2; name=\"a\"") "\r\n1\r\n" END),
+     NULL},
     {"two dispositions",
-     BODY(HEAD("form-data; name=\"a\"") "Content-Disposition: form-data; name=\"c\"\r\n\r\n1\r\n" END), NULL},
+     BODY(HEAD(
+         "form-data; name=\"a\"") "Content-Disposition: form-data; name=\"c\"\r\n\r\n1\r\n" END),
+     NULL},
     {"name twice", BODY(HEAD("form-data; name=\"a\"; name=\"c\"") "\r\n1\r\n" END), NULL},
-    {"name twice, the same", BODY(HEAD("form-data; name=\"a\"; filename=x; NAME=a") "\r\n1\r\n" END), NULL},
+    {"name twice, the same",
+     BODY(HEAD("form-data; name=\"a\"; filename=x; NAME=a") "\r\n1\r\n" END), NULL},
     {"a quote that does not end", BODY(HEAD("form-data; name=\"a") "\r\n1\r\n" END), NULL},
     {"a quote that ends escaped", BODY(HEAD("form-data; name=\"a\\\"") "\r\n1\r\n" END), NULL},
     {"text after a quoted name", BODY(HEAD("form-data; name=\"a\"b") "\r\n1\r\n" END), NULL},
@@ -185,8 +207,8 @@ static const struct {
     {"an empty unquoted value", BODY(HEAD("form-data; name=; filename=x") "\r\n1\r\n" END), NULL},
     {"a NUL in a name", BODY(PART("a\0z", "1") END), NULL},
     {"a control character in a name", BODY(PART("a\x01z", "1") END), NULL},
-    {"a folded header line", BODY("--b\r\nContent-Disposition: form-data;\r\n name=\"a\"\r\n\r\n1\r\n" END),
-     NULL},
+    {"a folded header line",
+     BODY("--b\r\nContent-Disposition: form-data;\r\n name=\"a\"\r\n\r\n1\r\n" END), NULL},
 };
 
 static void test_forms(void **state)
@@ -200,7 +222,8 @@ static void test_forms(void **state)
 static void test_tab_in_a_file_name(void **state)
 {
     (void)state;
-    expect("a tab", TYPE, BODY(HEAD("form-data; name=\"file\"; filename=\"a\tb.pdf\"") "\r\nF\r\n" END),
+    expect("a tab", TYPE,
+           BODY(HEAD("form-data; name=\"file\"; filename=\"a\tb.pdf\"") "\r\nF\r\n" END),
            "file=F;");
 }
 
@@ -258,15 +281,23 @@ static void test_boundaries(void **state)
             boundary[n - 1] = 'z';
             boundary[n] = '\0';
             const char *quote = quoted ? "\"" : "";
-            snprintf(type, sizeof type, "multipart/form-data; boundary=%s%s%s", quote, boundary, quote);
+            snprintf(type, sizeof type, "multipart/form-data; boundary=%s%s%s", quote, boundary,
+                     quote);
             int len = snprintf(body, sizeof body,
                                "--%s\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n--%s--",
                                boundary, boundary);
             expect(type, type, body, (size_t)len, n <= 70 ? "a=1;" : NULL);
         }
     }
+    /* what no boundary may hold, even where the body agrees */
+    expect("a space last", "multipart/form-data; boundary=\"b \"",
+           BODY("--b \r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n--b --"), NULL);
+    expect("no ASCII", "multipart/form-data; boundary=\"\xC3\xA9\"",
+           BODY("--\xC3\xA9\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n--\xC3\xA9--"),
+           NULL);
     expect("a space inside", "multipart/form-data; boundary=\"a b:(c)?\"",
-           BODY("--a b:(c)?\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n--a b:(c)?--"), "a=1;");
+           BODY("--a b:(c)?\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n--a b:(c)?--"),
+           "a=1;");
 }
 
 /* ---- limits ---- */
@@ -330,8 +361,8 @@ static void test_truncated_anywhere(void **state)
 {
     static const char body[] =
         "preamble\r\n" PART("file", "%PDF-1.4\r\n--B\r\n\0%%EOF") PART("companyID", "NT047")
-            HEAD("form-data; name=\"branch\"") "Content-Type: text/plain\r\n\r\n" PART("username", "eva")
-                "--b--";
+            HEAD("form-data; name=\"branch\"") "Content-Type: text/plain\r\n\r\n" PART(
+                "username", "eva") "--b--";
     struct buf form;
     struct err err;
     (void)state;

@@ -58,43 +58,53 @@ static const struct {
     {"504", {GOOGLE(504), .status = "DEADLINE_EXCEEDED"}, RETRY_TRANSIENT},
     {"200, an answer cut short", {HTTP(200)}, RETRY_TRANSIENT},
 
-    {"429", {GOOGLE(429), .status = "RESOURCE_EXHAUSTED", .retry_after_ms = 26000},
+    {"429",
+     {GOOGLE(429), .status = "RESOURCE_EXHAUSTED", .retry_after_ms = 26000},
      RETRY_RATE_LIMITED},
     {"429 of a proxy", {HTTP(429), .retry_after_ms = -1}, RETRY_RATE_LIMITED},
     {"429, quota of a day", {GOOGLE(429), .daily_quota = true}, RETRY_DAILY_QUOTA},
-    {"the code before a field: 503 with a daily quota", {GOOGLE(503), .daily_quota = true},
+    {"the code before a field: 503 with a daily quota",
+     {GOOGLE(503), .daily_quota = true},
      RETRY_TRANSIENT},
 
     {"400 API_KEY_INVALID", {GOOGLE(400), .reason = "API_KEY_INVALID"}, RETRY_KEY_INVALID},
     {"400 API_KEY_EXPIRED", {GOOGLE(400), .reason = "API_KEY_EXPIRED"}, RETRY_KEY_INVALID},
     {"401 API_KEY_INVALID", {GOOGLE(401), .reason = "API_KEY_INVALID"}, RETRY_KEY_INVALID},
-    {"403 API_KEY_SERVICE_BLOCKED", {GOOGLE(403), .reason = "API_KEY_SERVICE_BLOCKED"},
+    {"403 API_KEY_SERVICE_BLOCKED",
+     {GOOGLE(403), .reason = "API_KEY_SERVICE_BLOCKED"},
      RETRY_KEY_INVALID},
     {"403 CONSUMER_SUSPENDED", {GOOGLE(403), .reason = "CONSUMER_SUSPENDED"}, RETRY_KEY_INVALID},
     {"400 CONSUMER_SUSPENDED", {GOOGLE(400), .reason = "CONSUMER_SUSPENDED"}, RETRY_KEY_INVALID},
-    {"403 leaked", {GOOGLE(403), .status = "PERMISSION_DENIED",
-                    .message = "Your API key was Reported As Leaked. Please use another API key."},
+    {"403 leaked",
+     {GOOGLE(403), .status = "PERMISSION_DENIED",
+      .message = "Your API key was Reported As Leaked. Please use another API key."},
      RETRY_KEY_INVALID},
     {"403 without Google's JSON", {HTTP(403), .reason = "API_KEY_INVALID"}, RETRY_KEY_DOUBTFUL},
-    {"403 of a proxy that says leaked", {HTTP(403), .message = "reported as leaked"},
+    {"403 of a proxy that says leaked",
+     {HTTP(403), .message = "reported as leaked"},
      RETRY_KEY_DOUBTFUL},
     {"403 PERMISSION_DENIED", {GOOGLE(403), .status = "PERMISSION_DENIED"}, RETRY_KEY_DOUBTFUL},
     {"403 another reason", {GOOGLE(403), .reason = "SERVICE_DISABLED"}, RETRY_KEY_DOUBTFUL},
-    {"403 a reason that only resembles", {GOOGLE(403), .reason = "NO_API_KEY_INVALID"},
+    {"403 a reason that only resembles",
+     {GOOGLE(403), .reason = "NO_API_KEY_INVALID"},
      RETRY_KEY_DOUBTFUL},
     {"401", {GOOGLE(401), .status = "UNAUTHENTICATED"}, RETRY_KEY_DOUBTFUL},
     {"401 of a proxy", {HTTP(401)}, RETRY_KEY_DOUBTFUL},
     {"a field before a keyword: 403 with a word in its message",
-     {GOOGLE(403), .reason = "SERVICE_DISABLED", .message = "API_KEY_INVALID"}, RETRY_KEY_DOUBTFUL},
+     {GOOGLE(403), .reason = "SERVICE_DISABLED", .message = "API_KEY_INVALID"},
+     RETRY_KEY_DOUBTFUL},
 
-    {"402, although its status says RESOURCE_EXHAUSTED", {GOOGLE(402), .status = "RESOURCE_EXHAUSTED"},
+    {"402, although its status says RESOURCE_EXHAUSTED",
+     {GOOGLE(402), .status = "RESOURCE_EXHAUSTED"},
      RETRY_KEY_USED_UP},
-    {"402 with a daily quota and a bad key", {GOOGLE(402), .daily_quota = true,
-                                              .reason = "API_KEY_INVALID"},
+    {"402 with a daily quota and a bad key",
+     {GOOGLE(402), .daily_quota = true, .reason = "API_KEY_INVALID"},
      RETRY_KEY_USED_UP},
 
     {"400 INVALID_ARGUMENT", {GOOGLE(400), .status = "INVALID_ARGUMENT"}, RETRY_INVALID_INPUT},
-    {"400 FAILED_PRECONDITION", {GOOGLE(400), .status = "FAILED_PRECONDITION"}, RETRY_INVALID_INPUT},
+    {"400 FAILED_PRECONDITION",
+     {GOOGLE(400), .status = "FAILED_PRECONDITION"},
+     RETRY_INVALID_INPUT},
     {"400 of a proxy", {HTTP(400), .reason = "API_KEY_INVALID"}, RETRY_INVALID_INPUT},
     {"404", {GOOGLE(404), .status = "NOT_FOUND"}, RETRY_REJECTED},
     {"404 with a key's reason", {GOOGLE(404), .reason = "API_KEY_INVALID"}, RETRY_REJECTED},
@@ -103,8 +113,11 @@ static const struct {
     {"418", {HTTP(418)}, RETRY_REJECTED},
     {"204", {HTTP(204)}, RETRY_REJECTED},
 
-    {"200 blocked, cut or empty", {HTTP(200), .understood = true, .blocked = true}, RETRY_NO_ANSWER},
-    {"200 blocked, with text", {HTTP(200), .understood = true, .blocked = true, .text_ok = true},
+    {"200 blocked, cut or empty",
+     {HTTP(200), .understood = true, .blocked = true},
+     RETRY_NO_ANSWER},
+    {"200 blocked, with text",
+     {HTTP(200), .understood = true, .blocked = true, .text_ok = true},
      RETRY_NO_ANSWER},
     {"200 with other text", {HTTP(200), .understood = true}, RETRY_BAD_TEXT},
     {"200", {HTTP(200), .understood = true, .text_ok = true}, RETRY_SUCCESS},
@@ -164,7 +177,8 @@ static void test_backoff(void **state)
             policy.jitter = false;
             assert_int_equal(retry_backoff_ms(&policy, n, 0), delay);
             assert_int_equal(retry_backoff_ms(&policy, n, UINT64_MAX), delay);
-            policy.jitter = true; /* +-50 %: of the capped delay, too, so that caps spread as well */
+            policy.jitter =
+                true; /* +-50 %: of the capped delay, too, so that caps spread as well */
             int64_t least = retry_backoff_ms(&policy, n, 0),
                     middle = retry_backoff_ms(&policy, n, UINT64_C(1) << 63),
                     most = retry_backoff_ms(&policy, n, UINT64_MAX);
@@ -235,10 +249,11 @@ static void test_fits(void **state)
         int64_t now, wait, deadline;
         bool fits;
     } cases[] = {
-        {0, 0, 5000, true},          {0, 0, 4999, false},      {0, 115000, 120000, true},
-        {0, 115001, 120000, false},  {1000, 0, 6000, true},    {1001, 0, 6000, false},
-        {7000, 0, 6000, false},      {1000, 1000, 7000, true}, {1000, 1001, 7000, false},
-        {0, INT64_MAX, 120000, false},
+        {0, 0, 5000, true},        {0, 0, 4999, false},
+        {0, 115000, 120000, true}, {0, 115001, 120000, false},
+        {1000, 0, 6000, true},     {1001, 0, 6000, false},
+        {7000, 0, 6000, false},    {1000, 1000, 7000, true},
+        {1000, 1001, 7000, false}, {0, INT64_MAX, 120000, false},
     };
     (void)state;
 
@@ -277,9 +292,9 @@ static void test_unknown_calls(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_classes),   cmocka_unit_test(test_rules),
-        cmocka_unit_test(test_backoff),   cmocka_unit_test(test_hint_wait),
-        cmocka_unit_test(test_cooldowns), cmocka_unit_test(test_fits),
+        cmocka_unit_test(test_classes),       cmocka_unit_test(test_rules),
+        cmocka_unit_test(test_backoff),       cmocka_unit_test(test_hint_wait),
+        cmocka_unit_test(test_cooldowns),     cmocka_unit_test(test_fits),
         cmocka_unit_test(test_unknown_calls),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,13 +1,14 @@
 /* test_upload.c - both ways of an upload into memory, and what is made of a request that fails. */
+#include <dirent.h>
+#include <fcntl.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <dirent.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -98,14 +99,17 @@ static size_t read_source(void *io, void *into, size_t size)
 static struct request request_of(struct source *source, int64_t content_length,
                                  const char *body_file)
 {
-    return (struct request){.id = "0193", .content_length = content_length, .body_file = body_file,
-                            .read = read_source, .io = source};
+    return (struct request){.id = "0193",
+                            .content_length = content_length,
+                            .body_file = body_file,
+                            .read = read_source,
+                            .io = source};
 }
 
 static struct config config_of(int64_t max_upload, char *body_file_dir)
 {
-    return (struct config){.server = {.max_upload = max_upload, .state_dir = spool,
-                                      .body_file_dir = body_file_dir}};
+    return (struct config){
+        .server = {.max_upload = max_upload, .state_dir = spool, .body_file_dir = body_file_dir}};
 }
 
 static char unset[] = "";
@@ -128,7 +132,9 @@ static void test_stdin(void **state)
         assert_int_equal(upload.len, sizes[i]);
         assert_true(is_pattern(upload.data, upload.len));
         assert_int_equal(entries(spool), 0); /* nothing is left whatever happens */
+        void *map = upload.map;
         upload_close(&upload);
+        assert_int_equal(msync(map, 1, MS_ASYNC), -1); /* unmapped */
         assert_null(upload.map);
         assert_int_equal(upload.len, 0);
         upload_close(&upload);
@@ -171,9 +177,11 @@ static void test_stdin_refused(void **state)
         {"stopped half-way, large", 2 * MB, MB, 3 * MB, ERR_BAD_REQUEST, "stopped"},
         {"no length", -1, 50000, MB, ERR_BAD_REQUEST, "Content-Length"},
         {"no body", 0, 0, MB, ERR_BAD_REQUEST, "no body"},
-        {"one byte too large", MB + 1, MB + 1, MB, ERR_FILE_TOO_LARGE, "limit of 1 MB (1048576 bytes)"},
+        {"one byte too large", MB + 1, MB + 1, MB, ERR_FILE_TOO_LARGE,
+         "limit of 1 MB (1048576 bytes)"},
         {"too large, an odd limit", 1001, 1001, 1000, ERR_FILE_TOO_LARGE, "limit of 1000 bytes"},
-        {"50 MB", 50 * MB + 1, 100000, 50 * MB, ERR_FILE_TOO_LARGE, "limit of 50 MB (52428800 bytes)"},
+        {"50 MB", 50 * MB + 1, 100000, 50 * MB, ERR_FILE_TOO_LARGE,
+         "limit of 50 MB (52428800 bytes)"},
         {"an absurd length", INT64_MAX, 100000, MB, ERR_FILE_TOO_LARGE, "1 MB"},
     };
     int files = open_files();
@@ -186,7 +194,8 @@ static void test_stdin_refused(void **state)
         struct upload upload;
         struct err err = {0};
         enum err_code code = upload_open(&upload, &request, &config, &err);
-        if (code != cases[i].code || err.code != code || strstr(err.message, cases[i].words) == NULL)
+        if (code != cases[i].code || err.code != code ||
+            strstr(err.message, cases[i].words) == NULL)
             fail_msg("%s: %s: %s", cases[i].what, err_info(code)->name, err.message);
         if (source.at != source.size)
             fail_msg("%s: not drained", cases[i].what);
@@ -247,15 +256,19 @@ static int set_up_bodies(void **state)
     make_path(path, sizeof path, "bodies2");
     assert_int_equal(mkdir(path, 0700), 0);
     write_file("bodies2/0000000003", 1000);
+    make_path(path, sizeof path, "bodies/2");
+    assert_int_equal(mkdir(path, 0700), 0);
+    write_file("bodies/2/0000000003", 1000);
     return 0;
 }
 
 static int tear_down_bodies(void **state)
 {
     static const char *const made[] = {
-        "outside", "bodies/0000000001", "bodies/empty", "bodies/1/0000000002", "bodies/1",
-        "bodies/link-out", "bodies/link-in", "bodies/link-dir", "bodies/pipe",
-        "bodies2/0000000003", "bodies2"};
+        "outside",     "bodies/0000000001",   "bodies/empty",   "bodies/1/0000000002",
+        "bodies/1",    "bodies/link-out",     "bodies/link-in", "bodies/link-dir",
+        "bodies/pipe", "bodies/2/0000000003", "bodies/2",       "bodies2/0000000003",
+        "bodies2"};
     (void)state;
 
     for (size_t i = 0; i < COUNT(made); i++) {
@@ -333,7 +346,7 @@ static void test_body_file_limits(void **state)
     assert_int_equal(open_body("bodies/0000000001", 10, 999, bodies, &upload, &err),
                      ERR_FILE_TOO_LARGE);
     assert_int_equal(open_body("bodies/0000000001", 1000, MB, unset, &upload, &err), ERR_INTERNAL);
-    assert_non_null(strstr(err.message, "body_file_dir"));
+    assert_non_null(strstr(err.message, "server.body_file_dir is not set"));
     assert_int_equal(open_body("bodies/0000000001", 1000, MB, nowhere, &upload, &err),
                      ERR_INTERNAL);
     upload_close(&upload);
@@ -354,11 +367,12 @@ static void test_problem(void **state)
     assert_int_equal(response.status, 403);
     assert_string_equal(response.content_type, "application/problem+json");
     assert_int_equal(response.retry_after_s, 0);
-    assert_string_equal(buf_str(&response.body),
-                        "{\"type\": \"about:blank\", \"title\": \"Forbidden\", \"status\": 403, "
-                        "\"detail\": \"Your AI token has expired. Please renew your subscription.\", "
-                        "\"code\": \"token_expired\", \"request_id\": \"0193-id\", "
-                        "\"retryable\": false, \"spent\": false}");
+    assert_string_equal(
+        buf_str(&response.body),
+        "{\"type\": \"about:blank\", \"title\": \"Forbidden\", \"status\": 403, "
+        "\"detail\": \"Your AI token has expired. Please renew your subscription.\", "
+        "\"code\": \"token_expired\", \"request_id\": \"0193-id\", "
+        "\"retryable\": false, \"spent\": false}");
     response_problem(&response, &request, ERR_UPSTREAM_RATE_LIMITED, "a \"b\"\n\xFF", 26, true);
     assert_int_equal(response.status, 503);
     assert_int_equal(response.retry_after_s, 26);

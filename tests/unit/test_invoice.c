@@ -185,6 +185,11 @@ static void test_not_an_object(void **state)
         {TEXT("{}{}")},
         {TEXT("{},")},
         {TEXT("{\"a\":1,}")},
+        {TEXT("{'a':1}")},
+        {TEXT("{\"a\":NaN}")},
+        {TEXT("{\"a\":-01}")},
+        {TEXT("{\"a\":1.}")},
+        {TEXT("{\"currency\":\"a\nb\"}")},
         {TEXT("{a:1}")},
         {TEXT("{\"a\":01}")},
         {TEXT("{} // as you asked")},
@@ -228,6 +233,7 @@ static void test_nul_ends_nothing(void **state)
     struct invoice invoice;
     (void)state;
     assert_false(parse(&invoice, schema, TEXT("{\"currency\":\"EUR\"}\0, and more")));
+    assert_false(parse(&invoice, schema, TEXT("{\"currency\":\"EUR\"}\0")));
     assert_false(parse(&invoice, schema, TEXT("{\"currency\":\0\"EUR\"}")));
 }
 

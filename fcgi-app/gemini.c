@@ -249,7 +249,7 @@ static size_t copy_piece(struct body *body, int64_t *begin, const char *piece, s
     int64_t offset = body->at - *begin;
     size_t n = 0;
 
-    if (offset < (int64_t)len) {
+    if (room > 0 && offset >= 0 && offset < (int64_t)len) {
         n = len - (size_t)offset < room ? len - (size_t)offset : room;
         memcpy(out, piece + offset, n);
         body->at += (int64_t)n;
@@ -268,7 +268,7 @@ static size_t copy_base64(struct body *body, int64_t *begin, char *out, size_t r
     while (body->at - *begin < (int64_t)size && done < room) {
         size_t offset = (size_t)(body->at - *begin);
         size_t source = offset / 4 * 3, skip = offset % 4;
-        size_t n = (room - done) / 4 * 3;
+        size_t n = (room - done - 1) / 4 * 3; /* EVP_EncodeBlock ends with a NUL */
         if (n > len - source)
             n = len - source;
         if (n > 48 * 1024)
@@ -276,7 +276,7 @@ static size_t copy_base64(struct body *body, int64_t *begin, char *out, size_t r
         if (skip == 0 && n >= 3) {
             if (source + n < len)
                 n -= n % 3;
-            if (base64_size(n) + 1 <= room - done) { /* EVP_EncodeBlock ends with a NUL */
+            if (base64_size(n) < room - done) {
                 done += (size_t)EVP_EncodeBlock((unsigned char *)out + done, file + source, (int)n);
                 body->at = *begin + (int64_t)(offset + base64_size(n));
                 continue;

@@ -281,7 +281,7 @@ static json_object *shape_value(struct shaping *s, json_object *schema, json_obj
 #define TOLERANCE (UNITS / 100) /* one cent: what rounding may do */
 
 /* A decimal string as units; false for anything else, for more decimals than 4 that are not zeros,
- * and for amounts of 10^12 and more. */
+ * and for amounts above 10^12. */
 static bool parse_amount(const char *s, int64_t *units)
 {
     const bool negative = *s == '-';

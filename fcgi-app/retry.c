@@ -92,7 +92,7 @@ int64_t retry_backoff_ms(const struct retry_policy *policy, int retries_done, ui
         delay = max;
     if (policy->jitter)
         delay *= 0.5 + unit(random);
-    return (int64_t)delay;
+    return (int64_t)(delay > max ? max : delay);
 }
 
 int64_t retry_hint_wait_ms(int64_t hint_ms, uint64_t random)

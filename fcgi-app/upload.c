@@ -80,13 +80,13 @@ static int open_beneath(const char *dir, const char *path)
                            .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS};
     size_t n = strlen(dir);
 
-    while (n > 1 && dir[n - 1] == '/')
+    while (n > 0 && dir[n - 1] == '/')
         n--;
     if (strncmp(path, dir, n) != 0 || path[n] != '/') {
         errno = EXDEV;
         return -1;
     }
-    int dir_fd = open(dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    int dir_fd = open(n == 0 ? "/" : dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (dir_fd < 0)
         return -1;
     path += n;

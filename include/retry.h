@@ -86,8 +86,8 @@ enum retry_class retry_classify(const struct retry_outcome *outcome);
 
 const struct retry_rule *retry_rule(enum retry_class retry_class) __attribute__((returns_nonnull));
 
-/* The wait before retry number retries_done + 1: initial_delay * multiplier^retries_done, at most
- * max_delay, then +-50 % where jitter is on. random: 64 random bits. */
+/* The wait before retry number retries_done + 1: initial_delay * multiplier^retries_done, +-50 % where
+ * jitter is on, and never more than max_delay. random: 64 random bits. */
 int64_t retry_backoff_ms(const struct retry_policy *policy, int retries_done, uint64_t random);
 
 /* A hint is waited with 0 to 10 % more, so that those who wait do not come back together. */

@@ -375,8 +375,8 @@ static void test_usage_of_a_blocked_answer(void **state)
 {
     static const char *const bodies[] = {CANDIDATE("", "MAX_TOKENS"),
                                          CANDIDATE(PART("x"), "SAFETY"),
-                                         "{\"promptFeedback\":{\"blockReason\":\"OTHER\"},"
-                                         "\"usageMetadata\":{\"totalTokenCount\":9}}"};
+                                         ("{\"promptFeedback\":{\"blockReason\":\"OTHER\"},"
+                                          "\"usageMetadata\":{\"totalTokenCount\":9}}")};
     (void)state;
 
     for (size_t i = 0; i < COUNT(bodies); i++) {
@@ -574,8 +574,8 @@ struct server {
     int listener, port;
     pthread_t thread;
     atomic_int behaviour, connections, begun, requests;
-    const char *response; /* whole, with its head */
-    pthread_mutex_t mutex;
+    pthread_mutex_t mutex; /* of what follows */
+    char response[1000];   /* whole, with its head */
     struct buf head, body; /* the last request */
 };
 
@@ -653,7 +653,11 @@ static void serve_connection(struct server *server, int fd)
                 send_all(fd, flood, sizeof flood);
             return;
         }
-        send_all(fd, server->response, strlen(server->response));
+        char response[sizeof server->response];
+        pthread_mutex_lock(&server->mutex);
+        memcpy(response, server->response, sizeof response);
+        pthread_mutex_unlock(&server->mutex);
+        send_all(fd, response, strlen(response));
     }
 }
 
@@ -707,16 +711,17 @@ struct fixture {
     struct invoice_schema *schema;
     struct gemini *gemini;
     struct gemini_client *client;
-    char url[64], model[16], prompt_file[64], none[1], proxy[32];
-    char response[1000];
+    char url[64], model[16], prompt_file[64], none[1];
 };
 
 static void set_response(struct fixture *f, const char *status_line, const char *headers,
                          const char *body)
 {
-    snprintf(f->response, sizeof f->response, "HTTP/1.1 %s\r\n%sContent-Length: %zu\r\n\r\n%s",
-             status_line, headers, strlen(body), body);
-    f->server.response = f->response;
+    pthread_mutex_lock(&f->server.mutex);
+    snprintf(f->server.response, sizeof f->server.response,
+             "HTTP/1.1 %s\r\n%sContent-Length: %zu\r\n\r\n%s", status_line, headers, strlen(body),
+             body);
+    pthread_mutex_unlock(&f->server.mutex);
 }
 
 static void open_gemini(struct fixture *f)

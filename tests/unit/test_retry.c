@@ -173,18 +173,18 @@ static void test_backoff(void **state)
     for (size_t i = 0; i < COUNT(cases); i++) {
         struct retry_policy policy = cases[i].policy;
         for (int n = 0; n < 8; n++) {
-            int64_t delay = cases[i].delays[n];
+            int64_t delay = cases[i].delays[n], max = policy.max_delay_ms;
+            int64_t longest = delay * 3 / 2 < max ? delay * 3 / 2 : max;
             policy.jitter = false;
             assert_int_equal(retry_backoff_ms(&policy, n, 0), delay);
             assert_int_equal(retry_backoff_ms(&policy, n, UINT64_MAX), delay);
-            policy.jitter =
-                true; /* +-50 %: of the capped delay, too, so that caps spread as well */
+            policy.jitter = true; /* +-50 %, and max_delay is never passed */
             int64_t least = retry_backoff_ms(&policy, n, 0),
                     middle = retry_backoff_ms(&policy, n, UINT64_C(1) << 63),
                     most = retry_backoff_ms(&policy, n, UINT64_MAX);
             assert_in_range(least, delay / 2, delay / 2 + 1);
             assert_in_range(middle, delay, delay + 1);
-            assert_in_range(most, delay * 3 / 2 - (delay > 0), delay * 3 / 2 + 1);
+            assert_in_range(most, longest - (delay > 0), longest + (longest < max));
         }
     }
     assert_int_equal(retry_backoff_ms(&cases[0].policy, 2000000000, 0), 30000);

@@ -16,8 +16,7 @@ void health_ready(struct app *app, struct request *request, struct response *res
     struct err err = {0}, ignored = {0};
     bool store = store_ping(app->store, &err) == ERR_NONE;
     bool outbox_ok = store_outbox_status(app->store, &outbox, &ignored) == ERR_NONE;
-    bool fallback = app->fallback_key != NULL && outbox_ok &&
-                    app->config->fallback.when == FALLBACK_STORE_UNAVAILABLE;
+    bool fallback = app->fallback_key != NULL && outbox_ok; /* whatever fallback.when adds */
 
     if (!store && !fallback) {
         response_problem(response, request, ERR_STORE_UNAVAILABLE, NULL, 0, false);

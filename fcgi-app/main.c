@@ -128,7 +128,7 @@ static void close_app(struct app *app)
 static enum err_code serve(const struct config *config, struct err *err)
 {
     struct app app = {.config = config};
-    pthread_t signals;
+    pthread_t signals = 0;
     int drain_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     enum err_code code = server_check(err);
 
@@ -138,11 +138,12 @@ static enum err_code serve(const struct config *config, struct err *err)
                                                             (void *)(intptr_t)drain_fd) != 0))
         code = err_set(err, ERR_INTERNAL, "the signal thread cannot be started");
     if (code == ERR_NONE) {
-        pthread_detach(signals);
         log_info(NULL, "started: pid=%ld version=%s workers=%d store=%s", (long)getpid(),
                  EXTRACT_VERSION, config->server.threads,
                  config->store.driver == DRIVER_MSSQL ? "mssql" : "sqlite");
         code = server_run(&app, drain_fd, err);
+        pthread_cancel(signals); /* where the server ended by itself */
+        pthread_join(signals, NULL);
         log_info(NULL, "stopped: pid=%ld", (long)getpid());
     }
     close_app(&app);

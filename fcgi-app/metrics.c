@@ -151,6 +151,21 @@ static struct slot *slot_at(int index)
     return (struct slot *)(void *)(mapping + (size_t)PAGE * (size_t)(index + 1));
 }
 
+bool metrics_idle_elsewhere(void)
+{
+    for (int i = 0; mapping != NULL && i < SLOTS; i++) {
+        _Atomic int64_t *values = slot_at(i)->values;
+        int64_t workers = atomic_load_explicit(&values[METRIC_WORKERS], memory_order_relaxed);
+        if (i == own_index || workers <= 0)
+            continue;
+        int64_t busy = atomic_load_explicit(&values[METRIC_IN_FLIGHT], memory_order_relaxed) +
+                       atomic_load_explicit(&values[METRIC_QUEUED], memory_order_relaxed);
+        if (busy < workers && is_held_by_another(i))
+            return true;
+    }
+    return false;
+}
+
 static bool is_gauge(int metric)
 {
     return metric >= METRIC_COUNTERS_END;

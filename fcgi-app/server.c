@@ -12,8 +12,9 @@
  * All of it is under one mutex, which is never held during I/O.
  *
  * Letting others go first: the listener is shared, and the kernel wakes one process that waits for it
- * (EPOLLEXCLUSIVE). An acceptor without an idle worker does not wait for it but pauses for 20 ms; a
- * connection that is still there after that is everybody's, and is taken. */
+ * (EPOLLEXCLUSIVE). An acceptor without an idle worker does not wait for it but pauses for 20 ms, and
+ * again while another process of the pool has an idle worker (MAX_PAUSES at the most: that process may
+ * be stuck); a connection that is still there after that is everybody's, and is taken. */
 #include "server.h"
 
 #include <errno.h>
@@ -38,6 +39,7 @@
 
 #define LISTENER 0
 #define PAUSE_MS 20
+#define MAX_PAUSES 25
 #define SPARE_SLOTS 64
 #define AT_ONCE_THREADS 2
 #define REFUSING_THREADS 2
@@ -422,17 +424,20 @@ static void accept_waiting(struct server *server, bool all)
 
 static void accept_until_drain(struct server *server)
 {
-    for (;;) {
+    for (int pauses = 0;; pauses++) {
         struct pollfd pause[] = {{.fd = server->drain_fd, .events = POLLIN},
                                  {.fd = server->idle_fd, .events = POLLIN}};
         struct epoll_event event;
         bool idle = has_idle_worker(server);
 
         if (!idle) { /* let others go first */
-            poll(pause, 2, PAUSE_MS);
+            int woken = poll(pause, 2, PAUSE_MS);
             if (pause[0].revents != 0)
                 return;
+            if (woken > 0 || (pauses < MAX_PAUSES && metrics_idle_elsewhere()))
+                continue;
         }
+        pauses = 0;
         int n = epoll_wait(server->epoll, &event, 1, idle ? -1 : 0);
         if (n > 0 && event.data.fd == server->drain_fd)
             return;
@@ -582,8 +587,8 @@ enum err_code server_run(struct app *app, int drain_fd, struct err *err)
             accept_until_drain(server);
         else
             code = err_set(err, ERR_INTERNAL, "the threads cannot be started: %s", strerror(errno));
+        metrics_add(METRIC_WORKERS, -count); /* they take nothing new */
         end_threads(server, &threads, workers);
-        metrics_add(METRIC_WORKERS, -count);
     }
     free(threads.list);
     free(workers);

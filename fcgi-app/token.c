@@ -78,7 +78,7 @@ static enum token_result hold_offline(struct tokens *tokens, const struct store_
 {
     struct app *app = tokens->app;
 
-    if (app->fallback_key == NULL || acquire->sequence > 1) {
+    if (app->fallback_key == NULL) {
         *err = acquire->err;
         return TOKENS_NONE;
     }

@@ -7,6 +7,7 @@
 #ifndef EXTRACT_METRICS_H
 #define EXTRACT_METRICS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "buf.h"
@@ -45,6 +46,9 @@ enum err_code metrics_open(const char *runtime_dir, struct err *err) MUST_CHECK;
 void metrics_close(void);
 
 void metrics_add(int metric, int64_t n);
+
+/* Does another process of the pool have a worker without work? */
+bool metrics_idle_elsewhere(void);
 
 /* Appends the sums in the Prometheus text format. */
 void metrics_write(struct buf *out);

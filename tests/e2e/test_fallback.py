@@ -374,3 +374,24 @@ def test_the_key_stands_nowhere(fallback: Callable[..., Stack], emulator: Emulat
     for path in (path for path in stack.dir.rglob("*") if path.is_file()):
         assert KEY.encode() not in path.read_bytes(), path
         assert path.name.startswith("store.db") or key.encode() not in path.read_bytes(), path
+
+
+def test_outage_in_mid_request(fallback: Callable[..., Stack], emulator: Emulator, pool: ThreadPoolExecutor,
+                               pdf: bytes) -> None:
+    """The store goes away while the first token is called; when that one is of no use, the fallback key takes over."""
+    stack = fallback()
+    token = stack.token(key="key-1")
+    emulator.script("key-1", {"hold": True, "status": 429, "retry_delay": "3600s"})
+    post = pool.submit(stack.post, pdf)
+    emulator.wait(held=1)
+    with locked(stack):
+        emulator.release()
+        answer = post.result()
+    assert answer.status == 200 and answer.json()["attempts"] == 2
+    assert keys(emulator) == ["key-1", KEY]
+    stack.ctl("outbox", "drain")
+    drained(stack)
+    assert [(row["TokenID"], row["TokenSource"]) for row in of(stack, "TokenUsageLogs", answer)] == [(None, "fallback")]
+    assert sorted((row["TokenID"] or 0, row["State"]) for row in of(stack, "TokenReservations", answer)) == [
+        (0, "settled"), (token, "released")]
+    assert stack.sql("SELECT CooldownUntil FROM TokenMaster WHERE TokenID = ?", token)[0]["CooldownUntil"] is not None

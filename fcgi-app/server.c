@@ -582,12 +582,13 @@ enum err_code server_run(struct app *app, int drain_fd, struct err *err)
     if (workers == NULL || threads.list == NULL) {
         code = err_set(err, ERR_INTERNAL, "out of memory");
     } else {
-        metrics_add(METRIC_WORKERS, count);
-        if (start_threads(server, &threads, workers))
+        if (start_threads(server, &threads, workers)) {
+            metrics_add(METRIC_WORKERS, count);
             accept_until_drain(server);
-        else
+            metrics_add(METRIC_WORKERS, -count); /* they take nothing new */
+        } else {
             code = err_set(err, ERR_INTERNAL, "the threads cannot be started: %s", strerror(errno));
-        metrics_add(METRIC_WORKERS, -count); /* they take nothing new */
+        }
         end_threads(server, &threads, workers);
     }
     free(threads.list);

@@ -29,9 +29,9 @@ static const struct retry_rule rules[RETRY_CLASS_COUNT] = {
  * a token. */
 static bool key_is_bad(const struct retry_outcome *o)
 {
-    return o->google_error &&
-           (strncmp(o->reason, "API_KEY_", 8) == 0 || strcmp(o->reason, "CONSUMER_SUSPENDED") == 0 ||
-            strcasestr(o->message, "reported as leaked") != NULL);
+    return o->google_error && (strncmp(o->reason, "API_KEY_", 8) == 0 ||
+                               strcmp(o->reason, "CONSUMER_SUSPENDED") == 0 ||
+                               strcasestr(o->message, "reported as leaked") != NULL);
 }
 
 static enum retry_class classify_answer(const struct retry_outcome *o)

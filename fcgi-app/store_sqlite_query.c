@@ -271,7 +271,7 @@ enum err_code sqlite_query(void *self, enum store_view view, const struct store_
         goto out;
     }
     code = sqlite_reader_take(store, &reader, err);
-    if (code != ERR_NONE)
+    if (code != ERR_NONE || reader == NULL)
         goto out;
     result = sqlite3_prepare_v2(reader->db.handle, buf_str(&sql), -1, &statement, NULL);
     if (result == SQLITE_OK)

@@ -37,8 +37,7 @@ static size_t number_length(const char *s, const char *end, bool *is_long_intege
     at += whole;
     if (at == end || (*at != '.' && *at != 'e' && *at != 'E')) {
         const size_t most = sizeof largest - 1;
-        *is_long_integer =
-            whole > most || (whole == most && memcmp(at - whole, largest, most) > 0);
+        *is_long_integer = whole > most || (whole == most && memcmp(at - whole, largest, most) > 0);
         return (size_t)(at - s);
     }
     if (*at == '.') {

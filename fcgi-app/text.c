@@ -44,8 +44,7 @@ char *text_fold(struct arena *a, const char *s)
 {
     size_t len = 0;
     uint8_t *folded = u8_casefold((const uint8_t *)s, strlen(s), NULL, UNINORM_NFC, NULL, &len);
-    char *copy =
-        folded == NULL ? arena_strdup(a, s) : arena_strndup(a, (const char *)folded, len);
+    char *copy = folded == NULL ? arena_strdup(a, s) : arena_strndup(a, (const char *)folded, len);
     free(folded);
     return copy;
 }

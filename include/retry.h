@@ -66,7 +66,8 @@ struct retry_rule {
     enum retry_action action;
     enum retry_effect effect;
     enum err_code final; /* what the client is told when nothing is left to try */
-    bool is_retryable;   /* RetryAttempts.IsRetryable: would the same call with the same token help? */
+    bool
+        is_retryable; /* RetryAttempts.IsRetryable: would the same call with the same token help? */
 };
 
 struct retry_policy {

@@ -125,8 +125,11 @@ static void fold(sqlite3_context *context, int count, sqlite3_value **values)
         return; /* NULL */
     if (strlen(s) < sizeof lower && is_ascii(s)) {
         size_t n = 0;
-        for (; s[n] != '\0'; n++)
-            lower[n] = s[n] >= 'A' && s[n] <= 'Z' ? (char)(s[n] | 0x20) : s[n];
+        for (; s[n] != '\0'; n++) {
+            lower[n] = s[n];
+            if (s[n] >= 'A' && s[n] <= 'Z')
+                lower[n] = (char)(s[n] | 0x20);
+        }
         sqlite3_result_text(context, lower, (int)n, SQLITE_TRANSIENT);
         return;
     }

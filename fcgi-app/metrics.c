@@ -151,7 +151,7 @@ static struct slot *slot_at(int index)
     return (struct slot *)(void *)(mapping + (size_t)PAGE * (size_t)(index + 1));
 }
 
-bool metrics_idle_elsewhere(void)
+bool metrics_room_elsewhere(int queue)
 {
     for (int i = 0; mapping != NULL && i < SLOTS; i++) {
         _Atomic int64_t *values = slot_at(i)->values;
@@ -160,7 +160,7 @@ bool metrics_idle_elsewhere(void)
             continue;
         int64_t busy = atomic_load_explicit(&values[METRIC_IN_FLIGHT], memory_order_relaxed) +
                        atomic_load_explicit(&values[METRIC_QUEUED], memory_order_relaxed);
-        if (busy < workers && is_held_by_another(i))
+        if (busy < workers + queue && is_held_by_another(i))
             return true;
     }
     return false;

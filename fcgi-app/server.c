@@ -1,8 +1,9 @@
-/* server.c - FastCGI in and out. See server.h. The only file with <fcgiapp.h>.
+/* server.c - the acceptor, the queue, the workers. See server.h; connection.h speaks FastCGI.
  *
  * Connections live in a fixed number of slots: one for each worker, each place in the queue, and
- * SPARE for what is answered at once or refused; without a free slot nothing is accepted. A slot
- * travels: free -> (acceptor reads the request's head) -> a lane -> (a thread answers) -> free.
+ * SPARE_SLOTS for what is answered at once or refused; without a free slot nothing is accepted. A slot
+ * travels: free -> (accepted) -> a lane -> (a thread answers) -> free. One that is silent at first
+ * waits in the acceptor's epoll until it speaks.
  *
  * Three lanes, each a list with its threads:
  *   work     the bounded queue; the workers
@@ -11,14 +12,17 @@
  *            past queue_wait
  * All of it is under one mutex, which is never held during I/O.
  *
+ * No peer can hold a thread: each slot says until when its peer may take to send (a head and what
+ * nobody wants to read: HEAD_MS and DRAIN_MS; an upload: the request's deadline), and the watchdog ends
+ * the reading of one that is late.
+ *
  * Letting others go first: the listener is shared, and the kernel wakes one process that waits for it
  * (EPOLLEXCLUSIVE). An acceptor without an idle worker does not wait for it but pauses for 20 ms, and
- * again while another process of the pool has an idle worker (MAX_PAUSES at the most: that process may
- * be stuck); a connection that is still there after that is everybody's, and is taken. */
+ * again while another process of the pool can do better (MAX_PAUSES at the most: that process may be
+ * stuck); a connection that is still there after that is everybody's, and is taken. */
 #include "server.h"
 
 #include <errno.h>
-#include <fcgiapp.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
@@ -27,14 +31,13 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "clock.h"
+#include "connection.h"
 #include "log.h"
 #include "metrics.h"
-#include "request.h"
 #include "route.h"
 
 #define LISTENER 0
@@ -43,15 +46,16 @@
 #define SPARE_SLOTS 64
 #define AT_ONCE_THREADS 2
 #define REFUSING_THREADS 2
-/* Seconds of silence: of a web server that writes a head, and an upload. */
-#define HEAD_PATIENCE_S 2
-#define BODY_PATIENCE_S 60
+#define HEAD_MS 2000
+#define DRAIN_MS 2000
+#define WATCH_EVERY_MS 250
 #define STACK_SIZE (512 * 1024)
 
 struct slot {
     struct slot *next;
-    FCGX_Request fcgi;
-    struct request request;
+    struct connection connection;
+    int64_t read_until_ms; /* monotonic; 0: nothing is read */
+    bool silent;           /* in the acceptor's epoll; the acceptor's own */
 };
 
 struct lane {
@@ -63,26 +67,40 @@ struct lane {
 struct server {
     struct app *app;
     int epoll, drain_fd, idle_fd;
+    int heads; /* an epoll of the silent connections, itself in epoll */
     struct slot *slots;
+    size_t slot_count;
     pthread_mutex_t mutex;
-    pthread_cond_t slot_free;
     struct slot *free;
+    size_t used; /* slots that are not free */
     struct lane work, at_once, refused;
+    pthread_cond_t watch; /* the watchdog: the first slot is used; CLOCK_MONOTONIC */
     int idle_workers;
+    /* the acceptor's own */
+    bool exhausted; /* of descriptors or memory: said once */
+    int silent;     /* connections accepted that have not spoken: each may want a worker */
+    int left;       /* how often a full queue has left a connection to others */
+    /* under the mutex */
     bool pausing; /* the acceptor wants to hear of the next idle worker */
     bool closing; /* nothing more is accepted */
+    bool ended;   /* and all is answered */
 };
 
 /* ---- lanes; all under the mutex ---- */
 
-static void lane_init(struct lane *lane)
+static void condition_init(pthread_cond_t *condition)
 {
     pthread_condattr_t monotonic;
 
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&lane->some, &monotonic);
+    pthread_cond_init(condition, &monotonic);
     pthread_condattr_destroy(&monotonic);
+}
+
+static void lane_init(struct lane *lane)
+{
+    condition_init(&lane->some);
     lane->last = &lane->first;
 }
 
@@ -108,103 +126,77 @@ static struct slot *lane_take(struct lane *lane)
     return slot;
 }
 
-/* ---- a request's head, its body, its answer ---- */
+/* ---- slots ---- */
 
-static const char *parameter(const struct slot *slot, const char *name)
+/* A free slot, or NULL. */
+static struct slot *take_free(struct server *server)
 {
-    const char *value = FCGX_GetParam(name, slot->fcgi.envp);
-    return value == NULL ? "" : value;
-}
-
-static size_t read_stdin(void *io, void *into, size_t size)
-{
-    FCGX_Request *fcgi = io;
-    char *at = into;
-    size_t done = 0;
-
-    while (done < size) {
-        size_t want = size - done < 1 << 30 ? size - done : 1 << 30;
-        int n = FCGX_GetStr(at + done, (int)want, fcgi->in);
-        if (n <= 0)
-            break;
-        done += (size_t)n;
+    pthread_mutex_lock(&server->mutex);
+    struct slot *slot = server->free;
+    if (slot != NULL) {
+        server->free = slot->next;
+        if (server->used++ == 0)
+            pthread_cond_signal(&server->watch);
     }
-    return done;
+    pthread_mutex_unlock(&server->mutex);
+    return slot;
 }
 
-/* A whole number that is not negative; -1 for anything else. */
-static int64_t parse_length(const char *s)
+static void give_back(struct server *server, struct slot *slot)
 {
-    int64_t n = 0;
+    pthread_mutex_lock(&server->mutex);
+    slot->next = server->free;
+    server->free = slot;
+    server->used--;
+    pthread_mutex_unlock(&server->mutex);
+}
 
-    if (*s == '\0')
-        return -1;
-    for (; *s != '\0'; s++) {
-        if (*s < '0' || *s > '9' || n > INT64_MAX / 10 - 10)
-            return -1;
-        n = n * 10 + (*s - '0');
+/* Until when the peer may take to send; 0: it is not read from, and its descriptor may close. */
+static void read_until(struct server *server, struct slot *slot, int64_t until_ms)
+{
+    pthread_mutex_lock(&server->mutex);
+    slot->read_until_ms = until_ms;
+    pthread_mutex_unlock(&server->mutex);
+}
+
+static struct timespec as_timespec(int64_t monotonic_ms)
+{
+    return (struct timespec){.tv_sec = monotonic_ms / 1000,
+                             .tv_nsec = (long)(monotonic_ms % 1000) * 1000000};
+}
+
+/* Ends the reading of those that are late. The mutex keeps a descriptor from closing meanwhile. */
+static void *watchdog_main(void *argument)
+{
+    struct server *server = argument;
+
+    pthread_mutex_lock(&server->mutex);
+    while (!server->ended) {
+        if (server->used == 0) {
+            pthread_cond_wait(&server->watch, &server->mutex);
+            continue;
+        }
+        int64_t now = clock_monotonic_ms();
+        for (size_t i = 0; i < server->slot_count; i++) {
+            struct slot *slot = &server->slots[i];
+            if (slot->read_until_ms != 0 && now >= slot->read_until_ms) {
+                slot->read_until_ms = 0;
+                connection_stop_reading(&slot->connection);
+            }
+        }
+        struct timespec next = as_timespec(now + WATCH_EVERY_MS);
+        pthread_cond_timedwait(&server->watch, &server->mutex, &next);
     }
-    return n;
-}
-
-/* The path without query, from whichever of the usual parameters the web server sends. */
-static const char *find_path(struct slot *slot)
-{
-    const char *path = parameter(slot, "DOCUMENT_URI");
-
-    if (*path == '\0')
-        path = parameter(slot, "REQUEST_URI");
-    if (*path == '\0')
-        path = parameter(slot, "SCRIPT_NAME");
-    return arena_strndup(&slot->request.arena, path, strcspn(path, "?"));
-}
-
-static void read_head(struct slot *slot)
-{
-    struct request *request = &slot->request;
-
-    arena_init(&request->arena);
-    uuid_v7(request->id);
-    request->accepted_ms = clock_monotonic_ms();
-    request->method = parameter(slot, "REQUEST_METHOD");
-    request->path = find_path(slot);
-    request->content_type = parameter(slot, "CONTENT_TYPE");
-    request->content_length = parse_length(parameter(slot, "CONTENT_LENGTH"));
-    request->body_file = parameter(slot, "REQUEST_BODY_FILE");
-    request->proxy_request_id = parameter(slot, "PROXY_REQUEST_ID");
-    request->peer = parameter(slot, "REMOTE_ADDR");
-    request->read = read_stdin;
-    request->io = &slot->fcgi;
-}
-
-static void write_response(struct slot *slot, const struct response *response)
-{
-    FCGX_Stream *out = slot->fcgi.out;
-    const char *body = buf_str(&response->body);
-
-    FCGX_FPrintF(
-        out, "Status: %d\r\nContent-Type: %s\r\nContent-Length: %ld\r\nX-Request-ID: %s\r\n",
-        response->status, response->content_type, (long)response->body.len, slot->request.id);
-    if (response->retry_after_s > 0)
-        FCGX_FPrintF(out, "Retry-After: %d\r\n", response->retry_after_s);
-    if (response->allow != NULL)
-        FCGX_FPrintF(out, "Allow: %s\r\n", response->allow);
-    FCGX_PutS("Cache-Control: no-store\r\n\r\n", out);
-    FCGX_PutStr(body, (int)response->body.len, out);
+    pthread_mutex_unlock(&server->mutex);
+    return NULL;
 }
 
 /* Writes the answer, ends the request and gives its slot back. */
 static void finish(struct server *server, struct slot *slot, struct response *response)
 {
-    write_response(slot, response);
-    response_reset(response);
-    FCGX_Finish_r(&slot->fcgi);
-    arena_reset(&slot->request.arena);
-    pthread_mutex_lock(&server->mutex);
-    slot->next = server->free;
-    server->free = slot;
-    pthread_cond_signal(&server->slot_free);
-    pthread_mutex_unlock(&server->mutex);
+    read_until(server, slot, 0);
+    connection_answer(&slot->connection, response);
+    give_back(server, slot);
 }
 
 /* ---- the threads ---- */
@@ -219,8 +211,10 @@ static void work_one(struct server *server, struct worker *worker, struct slot *
     struct response response;
 
     response_init(&response);
+    read_until(server, slot,
+               slot->connection.request.accepted_ms + server->app->config->server.deadline_ms);
     metrics_add(METRIC_IN_FLIGHT, 1);
-    route_work(worker, &slot->request, &response);
+    route_work(worker, &slot->connection.request, &response);
     metrics_add(METRIC_IN_FLIGHT, -1);
     finish(server, slot, &response);
 }
@@ -266,7 +260,8 @@ static void *at_once_main(void *argument)
             break;
         pthread_mutex_unlock(&server->mutex);
         response_init(&response);
-        route_at_once(server->app, &slot->request, &response);
+        read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);
+        route_at_once(server->app, &slot->connection.request, &response);
         finish(server, slot, &response);
         pthread_mutex_lock(&server->mutex);
     }
@@ -285,12 +280,12 @@ static struct slot *next_refused(struct server *server)
             pthread_cond_wait(&server->refused.some, &server->mutex);
             continue;
         }
-        int64_t until = server->work.first->request.accepted_ms + queue_wait;
+        int64_t until = server->work.first->connection.request.accepted_ms + queue_wait;
         if (clock_monotonic_ms() >= until) {
             metrics_add(METRIC_QUEUED, -1);
             return lane_take(&server->work);
         }
-        struct timespec t = {.tv_sec = until / 1000, .tv_nsec = (long)(until % 1000) * 1000000};
+        struct timespec t = as_timespec(until);
         pthread_cond_timedwait(&server->refused.some, &server->mutex, &t);
     }
     return lane_take(&server->refused);
@@ -306,10 +301,11 @@ static void *refusing_main(void *argument)
     while ((slot = next_refused(server)) != NULL) {
         pthread_mutex_unlock(&server->mutex);
         response_init(&response);
-        request_drain(&slot->request);
-        response_problem(&response, &slot->request, ERR_OVERLOADED, NULL, 0, false);
+        read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);
+        request_drain(&slot->connection.request);
+        response_problem(&response, &slot->connection.request, ERR_OVERLOADED, NULL, 0, false);
         metrics_add(METRIC_REQUESTS + ERR_OVERLOADED, 1);
-        log_warning(slot->request.id, NULL,
+        log_warning(slot->connection.request.id, NULL,
                     "overloaded: the queue is full, or queue_wait has passed");
         finish(server, slot, &response);
         pthread_mutex_lock(&server->mutex);
@@ -320,11 +316,20 @@ static void *refusing_main(void *argument)
 
 /* ---- the acceptor ---- */
 
+static bool queue_is_full(struct server *server)
+{
+    pthread_mutex_lock(&server->mutex);
+    bool full = server->work.count >= server->app->config->server.queue + server->idle_workers;
+    pthread_mutex_unlock(&server->mutex);
+    return full;
+}
+
 static void dispatch(struct server *server, struct slot *slot)
 {
-    read_head(slot);
-    enum route_lane lane = route_lane(&slot->request);
+    enum route_lane lane = route_lane(&slot->connection.request);
+
     pthread_mutex_lock(&server->mutex);
+    slot->read_until_ms = 0;
     if (lane == ROUTE_AT_ONCE) {
         lane_put(&server->at_once, slot);
     } else if (server->work.count < server->app->config->server.queue + server->idle_workers) {
@@ -338,24 +343,79 @@ static void dispatch(struct server *server, struct slot *slot)
     pthread_mutex_unlock(&server->mutex);
 }
 
-/* A free slot, or NULL when the server drains. */
-static struct slot *take_free(struct server *server)
+/* Reads the head of a connection that has sent something, and deals the request out. */
+static void read_and_dispatch(struct server *server, struct slot *slot)
 {
-    pthread_mutex_lock(&server->mutex);
-    while (server->free == NULL)
-        pthread_cond_wait(&server->slot_free, &server->mutex);
-    struct slot *slot = server->free;
-    server->free = slot->next;
-    pthread_mutex_unlock(&server->mutex);
-    return slot;
+    if (connection_read_head(&slot->connection)) {
+        dispatch(server, slot);
+        return;
+    }
+    read_until(server, slot, 0);
+    give_back(server, slot);
 }
 
-static void give_back(struct server *server, struct slot *slot)
+static void drop(struct server *server, struct slot *slot)
 {
-    pthread_mutex_lock(&server->mutex);
-    slot->next = server->free;
-    server->free = slot;
-    pthread_mutex_unlock(&server->mutex);
+    server->silent -= slot->silent;
+    slot->silent = false;
+    read_until(server, slot, 0);
+    connection_drop(&slot->connection);
+    give_back(server, slot);
+}
+
+/* One that was silent has spoken, or was late. */
+static void wake_silent(struct server *server, struct slot *slot)
+{
+    server->silent--;
+    slot->silent = false;
+    epoll_ctl(server->heads, EPOLL_CTL_DEL, slot->connection.fd, NULL);
+    read_and_dispatch(server, slot);
+}
+
+/* Accepts one connection. False: there is none, or it can't be had now. */
+static bool accept_one(struct server *server)
+{
+    struct slot *slot = take_free(server);
+    struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP, .data.ptr = slot};
+
+    if (slot == NULL) { /* each is bounded in time: one will be free soon */
+        poll(NULL, 0, PAUSE_MS);
+        return false;
+    }
+    int error = connection_accept(&slot->connection, LISTENER);
+    if (error != 0) {
+        give_back(server, slot);
+        bool exhausted = error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+        if (exhausted && !server->exhausted)
+            log_error(NULL, strerror(error), "no connection can be accepted");
+        server->exhausted = exhausted;
+        if (exhausted)
+            poll(NULL, 0, PAUSE_MS);
+        return false;
+    }
+    server->exhausted = false;
+    read_until(server, slot, clock_monotonic_ms() + HEAD_MS);
+    if (connection_has_data(&slot->connection)) {
+        read_and_dispatch(server, slot);
+    } else if (epoll_ctl(server->heads, EPOLL_CTL_ADD, slot->connection.fd, &event) == 0) {
+        server->silent++;
+        slot->silent = true;
+    } else {
+        drop(server, slot);
+    }
+    return true;
+}
+
+/* The drain has begun: what was accepted and speaks now is served still, the rest was silent. */
+static void end_silent(struct server *server)
+{
+    for (size_t i = 0; i < server->slot_count; i++) {
+        struct slot *slot = &server->slots[i];
+        if (slot->silent && connection_has_data(&slot->connection))
+            wake_silent(server, slot);
+        else if (slot->silent)
+            drop(server, slot);
+    }
 }
 
 /* Is there a worker with nothing to do and nothing in the queue for it? If not, the next worker that
@@ -366,83 +426,76 @@ static bool has_idle_worker(struct server *server)
 
     eventfd_read(server->idle_fd, &ignored);
     pthread_mutex_lock(&server->mutex);
-    bool idle = server->idle_workers > server->work.count;
+    bool idle = server->idle_workers > server->work.count + server->silent;
     server->pausing = !idle;
     pthread_mutex_unlock(&server->mutex);
     return idle;
 }
 
-static void set_patience(int fd, int seconds)
+static bool draining(const struct server *server)
 {
-    const struct timeval patience = {.tv_sec = seconds};
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-}
-
-/* Accepts a connection and reads its request's head. libfcgi would accept by itself, but then wait
- * without end for a head that does not come, and nobody else would be accepted meanwhile: it is given
- * the connection as if it were one that it has kept. Returns 0, EBADMSG where the head is none, or
- * accept's errno. */
-static int accept_one(struct slot *slot)
-{
-    int fd = accept4(LISTENER, NULL, NULL, SOCK_CLOEXEC);
-
-    if (fd < 0)
-        return errno;
-    set_patience(fd, HEAD_PATIENCE_S);
-    FCGX_InitRequest(&slot->fcgi, -1, FCGI_FAIL_ACCEPT_ON_INTR);
-    slot->fcgi.ipcFd = fd;
-    slot->fcgi.keepConnection = 1;
-    if (FCGX_Accept_r(&slot->fcgi) < 0) /* it has closed fd, and could not accept another */
-        return EBADMSG;
-    set_patience(fd, BODY_PATIENCE_S);
-    return 0;
+    struct pollfd drain = {.fd = server->drain_fd, .events = POLLIN};
+    return poll(&drain, 1, 0) > 0;
 }
 
 /* Accepts what waits: as long as there is an idle worker for it, or, where others have been let go
- * first, all of it. */
+ * first, all of it; but a full process leaves to one with room in its queue what it would refuse. */
 static void accept_waiting(struct server *server, bool all)
 {
-    for (;;) {
-        struct slot *slot = take_free(server);
-        int error = accept_one(slot);
-        if (error != 0) {
-            give_back(server, slot);
-            if (error == EBADMSG)
-                continue;
-            if (error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM) {
-                log_error(NULL, strerror(error), "no connection can be accepted");
-                poll(NULL, 0, PAUSE_MS);
-            }
+    do {
+        if (all && queue_is_full(server) &&
+            metrics_room_elsewhere(server->app->config->server.queue) &&
+            server->left++ < MAX_PAUSES)
             return;
-        }
-        dispatch(server, slot);
-        struct pollfd drain = {.fd = server->drain_fd, .events = POLLIN};
-        if ((!all && !has_idle_worker(server)) || poll(&drain, 1, 0) > 0)
+        if (!accept_one(server))
             return;
-    }
+    } while ((all || has_idle_worker(server)) && !draining(server));
+}
+
+static void wake_one_silent(struct server *server)
+{
+    struct epoll_event event;
+
+    if (epoll_wait(server->heads, &event, 1, 0) > 0)
+        wake_silent(server, event.data.ptr);
+}
+
+/* Handles what epoll tells. True: the drain begins. */
+static bool handle_event(struct server *server, const struct epoll_event *event, bool idle)
+{
+    if (event->data.fd == server->drain_fd)
+        return true;
+    if (event->data.fd == server->heads)
+        wake_one_silent(server);
+    else
+        accept_waiting(server, !idle);
+    return false;
 }
 
 static void accept_until_drain(struct server *server)
 {
     for (int pauses = 0;; pauses++) {
         struct pollfd pause[] = {{.fd = server->drain_fd, .events = POLLIN},
+                                 {.fd = server->heads, .events = POLLIN},
                                  {.fd = server->idle_fd, .events = POLLIN}};
         struct epoll_event event;
         bool idle = has_idle_worker(server);
 
         if (!idle) { /* let others go first */
-            int woken = poll(pause, 2, PAUSE_MS);
+            int woken = poll(pause, 3, PAUSE_MS);
             if (pause[0].revents != 0)
                 return;
-            if (woken > 0 || (pauses < MAX_PAUSES && metrics_idle_elsewhere()))
+            if (pause[1].revents != 0)
+                wake_one_silent(server);
+            if (woken > 0 || (pauses < MAX_PAUSES && metrics_room_elsewhere(0)))
                 continue;
+        } else {
+            server->left = 0;
         }
         pauses = 0;
         int n = epoll_wait(server->epoll, &event, 1, idle ? -1 : 0);
-        if (n > 0 && event.data.fd == server->drain_fd)
+        if (n > 0 && handle_event(server, &event, idle))
             return;
-        if (n > 0)
-            accept_waiting(server, !idle);
     }
 }
 
@@ -461,7 +514,7 @@ enum err_code server_check(struct err *err)
     return ERR_NONE;
 }
 
-static enum err_code watch(struct server *server, int fd, uint32_t events)
+static enum err_code watch_fd(struct server *server, int fd, uint32_t events)
 {
     struct epoll_event event = {.events = events, .data.fd = fd};
     return epoll_ctl(server->epoll, EPOLL_CTL_ADD, fd, &event) == 0 ? ERR_NONE : ERR_INTERNAL;
@@ -481,21 +534,24 @@ static struct server *server_new(struct app *app, int drain_fd, struct err *err)
     }
     server->app = app;
     server->drain_fd = drain_fd;
+    server->slot_count = count;
     for (size_t i = 0; i < count; i++) {
         server->slots[i].next = server->free;
         server->free = &server->slots[i];
     }
     pthread_mutex_init(&server->mutex, NULL);
-    pthread_cond_init(&server->slot_free, NULL);
+    condition_init(&server->watch);
     lane_init(&server->work);
     lane_init(&server->at_once);
     lane_init(&server->refused);
     server->epoll = epoll_create1(EPOLL_CLOEXEC);
+    server->heads = epoll_create1(EPOLL_CLOEXEC);
     server->idle_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (server->epoll < 0 || server->idle_fd < 0 ||
+    if (server->epoll < 0 || server->heads < 0 || server->idle_fd < 0 ||
         fcntl(LISTENER, F_SETFL, flags | O_NONBLOCK) != 0 || FCGX_Init() != 0 ||
-        watch(server, LISTENER, EPOLLIN | EPOLLEXCLUSIVE) != ERR_NONE ||
-        watch(server, drain_fd, EPOLLIN) != ERR_NONE)
+        watch_fd(server, LISTENER, EPOLLIN | EPOLLEXCLUSIVE) != ERR_NONE ||
+        watch_fd(server, server->heads, EPOLLIN) != ERR_NONE ||
+        watch_fd(server, drain_fd, EPOLLIN) != ERR_NONE)
         err_set(err, ERR_INTERNAL, "the listening socket cannot be watched: %s", strerror(errno));
     else
         return server;
@@ -507,11 +563,12 @@ static struct server *server_new(struct app *app, int drain_fd, struct err *err)
 static void server_free(struct server *server)
 {
     close(server->epoll);
+    close(server->heads);
     close(server->idle_fd);
     pthread_cond_destroy(&server->work.some);
     pthread_cond_destroy(&server->at_once.some);
     pthread_cond_destroy(&server->refused.some);
-    pthread_cond_destroy(&server->slot_free);
+    pthread_cond_destroy(&server->watch);
     pthread_mutex_destroy(&server->mutex);
     free(server->slots);
     free(server);
@@ -521,16 +578,24 @@ static void server_free(struct server *server)
 struct threads {
     pthread_t *list;
     int count;
+    pthread_t watchdog; /* ends last */
+    bool has_watchdog;
 };
 
-static bool start_thread(struct threads *threads, void *(*main)(void *), void *argument)
+static bool start_thread(pthread_t *thread, void *(*main)(void *), void *argument)
 {
     pthread_attr_t attributes;
 
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_SIZE);
-    bool started = pthread_create(&threads->list[threads->count], &attributes, main, argument) == 0;
+    bool started = pthread_create(thread, &attributes, main, argument) == 0;
     pthread_attr_destroy(&attributes);
+    return started;
+}
+
+static bool start_listed(struct threads *threads, void *(*main)(void *), void *argument)
+{
+    bool started = start_thread(&threads->list[threads->count], main, argument);
     threads->count += started;
     return started;
 }
@@ -539,17 +604,18 @@ static bool start_threads(struct server *server, struct threads *threads,
                           struct worker_start *workers)
 {
     int count = server->app->config->server.threads;
-    bool ok = true;
+    bool ok = start_thread(&threads->watchdog, watchdog_main, server);
 
+    threads->has_watchdog = ok;
     for (int i = 0; ok && i < count; i++) {
         workers[i] = (struct worker_start){server, {server->app, NULL}};
         workers[i].worker.gemini = gemini_client_new(server->app->gemini);
-        ok = workers[i].worker.gemini != NULL && start_thread(threads, worker_main, &workers[i]);
+        ok = workers[i].worker.gemini != NULL && start_listed(threads, worker_main, &workers[i]);
     }
     for (int i = 0; ok && i < AT_ONCE_THREADS; i++)
-        ok = start_thread(threads, at_once_main, server);
+        ok = start_listed(threads, at_once_main, server);
     for (int i = 0; ok && i < REFUSING_THREADS; i++)
-        ok = start_thread(threads, refusing_main, server);
+        ok = start_listed(threads, refusing_main, server);
     return ok;
 }
 
@@ -564,6 +630,12 @@ static void end_threads(struct server *server, struct threads *threads,
     pthread_mutex_unlock(&server->mutex);
     for (int i = 0; i < threads->count; i++)
         pthread_join(threads->list[i], NULL);
+    pthread_mutex_lock(&server->mutex);
+    server->ended = true;
+    pthread_cond_signal(&server->watch);
+    pthread_mutex_unlock(&server->mutex);
+    if (threads->has_watchdog)
+        pthread_join(threads->watchdog, NULL);
     for (int i = 0; i < server->app->config->server.threads; i++)
         gemini_client_free(workers[i].worker.gemini);
 }
@@ -586,6 +658,7 @@ enum err_code server_run(struct app *app, int drain_fd, struct err *err)
             metrics_add(METRIC_WORKERS, count);
             accept_until_drain(server);
             metrics_add(METRIC_WORKERS, -count); /* they take nothing new */
+            end_silent(server);
         } else {
             code = err_set(err, ERR_INTERNAL, "the threads cannot be started: %s", strerror(errno));
         }

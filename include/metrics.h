@@ -47,8 +47,9 @@ void metrics_close(void);
 
 void metrics_add(int metric, int64_t n);
 
-/* Does another process of the pool have a worker without work? */
-bool metrics_idle_elsewhere(void);
+/* Could another process of the pool take a request: does it have a worker without work, or room in its
+ * queue of this size? */
+bool metrics_room_elsewhere(int queue);
 
 /* Appends the sums in the Prometheus text format. */
 void metrics_write(struct buf *out);

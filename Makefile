@@ -15,7 +15,6 @@ prefix     ?= /usr/local
 bindir     ?= $(prefix)/bin
 sbindir    ?= $(prefix)/sbin
 datadir    ?= $(prefix)/share
-sysconfdir ?= $(if $(filter /usr,$(prefix)),/etc,$(prefix)/etc)
 DESTDIR    ?=
 
 LIBRARIES := fcgi libcurl json-c inih sqlite3 libcrypto

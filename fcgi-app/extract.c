@@ -47,6 +47,7 @@ struct extraction {
     int attempts;  /* calls to Gemini */
     int retries;   /* of policy.max_retries */
     int bad_texts; /* answers that were not the JSON asked for */
+    char model[sizeof((struct gemini_answer *)0)->model]; /* as the last answer that said it */
     /* the last call */
     struct gemini_answer answer;
     struct invoice invoice;        /* where it was a success */
@@ -175,12 +176,15 @@ static bool begin_long_wait(struct app *app)
  * deadline and the other requests allow; else the error that tokens_acquire has set stands. */
 static enum err_code wait_for_hint(struct extraction *x, int64_t hint_ms)
 {
-    int64_t wait = retry_hint_wait_ms(hint_ms, clock_random());
     int64_t now = clock_monotonic_ms();
-    bool retry = x->unrecorded, is_long = wait > x->policy.max_delay_ms;
+    bool retry = x->unrecorded;
 
     if (x->err.code != ERR_TOKEN_BUSY)
-        x->retry_after_s = (int)((hint_ms + 999) / 1000);
+        x->retry_after_s = hint_ms <= 1000 ? 1 : (int)((hint_ms + 999) / 1000);
+    /* "At once" would be as fast as Gemini refuses. */
+    int64_t wait = hint_ms == 0 && retry ? retry_backoff_ms(&x->policy, x->retries, clock_random())
+                                         : retry_hint_wait_ms(hint_ms, clock_random());
+    bool is_long = wait > x->policy.max_delay_ms;
     if ((retry && x->retries >= x->policy.max_retries) || !retry_fits(now, wait, x->deadline_ms) ||
         (is_long && !begin_long_wait(x->app)))
         return give_up(x);
@@ -295,6 +299,8 @@ static void call_once(struct extraction *x)
             snprintf(outcome->message, sizeof outcome->message,
                      "HTTP 200: the text is not the JSON asked for");
     }
+    if (x->answer.model[0] != '\0')
+        memcpy(x->model, x->answer.model, sizeof x->model);
     tokens_count(&x->tokens, &x->answer);
     if (outcome->understood && !x->answer.has_usage)
         log_warning(x->request->id, NULL,
@@ -342,8 +348,7 @@ static enum err_code run(struct extraction *x)
                 guess > reserve ? guess : reserve, x->deadline_ms);
     if ((code = acquire(x, NULL, false)) == ERR_NONE)
         code = call_until_done(x);
-    tokens_settle(&x->tokens, x->answer.model[0] == '\0' ? NULL : x->answer.model,
-                  clock_monotonic_ms() - begun);
+    tokens_settle(&x->tokens, x->model[0] == '\0' ? NULL : x->model, clock_monotonic_ms() - begun);
     tokens_reset(&x->tokens);
     share_leave(x->app->share, folded);
     return code;
@@ -392,7 +397,7 @@ static void answer_success(struct extraction *x, const struct usage *usage,
                (long long)usage->text_prompt_tokens, (long long)usage->image_prompt_tokens,
                (long long)usage->text_candidates_tokens, (long long)usage->thoughts_tokens,
                (long long)usage->cached_tokens, (long long)usage->total_tokens);
-    const char *model = x->answer.model[0] == '\0' ? x->app->config->gemini.model : x->answer.model;
+    const char *model = x->model[0] == '\0' ? x->app->config->gemini.model : x->model;
     buf_append_json(b, model, strlen(model));
     buf_printf(b, ", \"attempts\": %d, \"warnings\": ", x->attempts);
     buf_append_str(b, json_object_to_json_string_ext(x->invoice.warnings, flags));

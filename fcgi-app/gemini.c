@@ -564,7 +564,7 @@ void gemini_call(struct gemini_client *client, const struct gemini_call *call,
     struct buf received;
     char key_header[1100], why[CURL_ERROR_SIZE] = "";
     int64_t begun = clock_monotonic_ms();
-    bool ok = true;
+    bool ok = strpbrk(call->api_key, "\r\n") == NULL; /* a header is one line */
 
     buf_init(&received, MAX_ANSWER);
     snprintf(key_header, sizeof key_header, "x-goog-api-key: %s", call->api_key);
@@ -582,7 +582,7 @@ void gemini_call(struct gemini_client *client, const struct gemini_call *call,
     curl_easy_setopt(curl, CURLOPT_ERRORBUFFER, why);
     curl_easy_setopt(curl, CURLOPT_TIMEOUT_MS, (long)(call->timeout_ms > 0 ? call->timeout_ms : 1));
 
-    CURLcode result = ok ? curl_easy_perform(curl) : CURLE_OUT_OF_MEMORY;
+    CURLcode result = ok ? curl_easy_perform(curl) : CURLE_BAD_FUNCTION_ARGUMENT;
     if (result == CURLE_OK) {
         long status = 0;
         struct curl_header *retry_after = NULL;

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "app.h"
@@ -19,6 +20,7 @@
 #include "fallback.h"
 #include "log.h"
 #include "metrics.h"
+#include "retry.h"
 #include "server.h"
 
 #define EXIT_USAGE 2
@@ -82,6 +84,17 @@ static void block_signals(void)
     signal(SIGPIPE, SIG_IGN);
 }
 
+/* Each connection, upload and call to Gemini is a descriptor or two. */
+static void raise_descriptor_limit(void)
+{
+    struct rlimit limit;
+
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
 static enum err_code open_app(struct app *app, struct err *err)
 {
     const struct config *config = app->config;
@@ -141,6 +154,12 @@ static enum err_code serve(const struct config *config, struct err *err)
         log_info(NULL, "started: pid=%ld version=%s workers=%d store=%s", (long)getpid(),
                  EXTRACT_VERSION, config->server.threads,
                  config->store.driver == DRIVER_MSSQL ? "mssql" : "sqlite");
+        if (config->server.deadline_ms <= RETRY_MIN_ATTEMPT_MS)
+            log_warning(
+                NULL, NULL,
+                "server.deadline leaves no time for any call: none starts with less than %d s "
+                "left",
+                RETRY_MIN_ATTEMPT_MS / 1000);
         code = server_run(&app, drain_fd, err);
         pthread_cancel(signals); /* where the server ended by itself */
         pthread_join(signals, NULL);
@@ -184,6 +203,7 @@ int main(int argc, char **argv)
         return usage(stderr);
 
     block_signals();
+    raise_descriptor_limit();
     unsetenv("SSLKEYLOGFILE"); /* TLS secrets go nowhere */
     struct config *config = config_load(path, &err);
     if (config != NULL && check) {

@@ -8,8 +8,8 @@
  * Three lanes, each a list with its threads:
  *   work     the bounded queue; the workers
  *   at once  health, metrics, unknown paths
- *   refused  what the queue has no room for; its thread also takes from the queue whatever has waited
- *            past queue_wait
+ *   refused  what the queue has no room for, and whatever else comes with a body that nobody wants;
+ *            its threads also take from the queue what has waited past queue_wait
  * All of it is under one mutex, which is never held during I/O.
  *
  * No peer can hold a thread: each slot says until when its peer may take to send (a head and what
@@ -291,6 +291,18 @@ static struct slot *next_refused(struct server *server)
     return lane_take(&server->refused);
 }
 
+static void refuse(struct app *app, struct request *request, struct response *response)
+{
+    if (route_lane(request) == ROUTE_AT_ONCE) {
+        route_at_once(app, request, response);
+        return;
+    }
+    request_drain(request);
+    response_problem(response, request, ERR_OVERLOADED, NULL, 0, false);
+    metrics_add(METRIC_REQUESTS + ERR_OVERLOADED, 1);
+    log_warning(request->id, NULL, "overloaded: the queue is full, or queue_wait has passed");
+}
+
 static void *refusing_main(void *argument)
 {
     struct server *server = argument;
@@ -302,11 +314,7 @@ static void *refusing_main(void *argument)
         pthread_mutex_unlock(&server->mutex);
         response_init(&response);
         read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);
-        request_drain(&slot->connection.request);
-        response_problem(&response, &slot->connection.request, ERR_OVERLOADED, NULL, 0, false);
-        metrics_add(METRIC_REQUESTS + ERR_OVERLOADED, 1);
-        log_warning(slot->connection.request.id, NULL,
-                    "overloaded: the queue is full, or queue_wait has passed");
+        refuse(server->app, &slot->connection.request, &response);
         finish(server, slot, &response);
         pthread_mutex_lock(&server->mutex);
     }
@@ -331,7 +339,8 @@ static void dispatch(struct server *server, struct slot *slot)
     pthread_mutex_lock(&server->mutex);
     slot->read_until_ms = 0;
     if (lane == ROUTE_AT_ONCE) {
-        lane_put(&server->at_once, slot);
+        bool has_body = slot->connection.request.content_length > 0;
+        lane_put(has_body ? &server->refused : &server->at_once, slot);
     } else if (server->work.count < server->app->config->server.queue + server->idle_workers) {
         lane_put(&server->work, slot);
         metrics_add(METRIC_QUEUED, 1);

@@ -224,8 +224,8 @@ class FastCgi:
             piece = content[at:at + 0xFFFF]
             self.socket.sendall(struct.pack(">BBHHBB", 1, kind, 1, len(piece), 0, 0) + piece)
 
-    def begin(self, role: int = 1) -> None:
-        self.send(self.BEGIN, struct.pack(">HB5x", role, 0))
+    def begin(self, role: int = 1, keep: bool = False) -> None:
+        self.send(self.BEGIN, struct.pack(">HB5x", role, keep))
 
     def params(self, values: dict[str, str | None]) -> None:
         """All parameters but those that are None."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, Answer, Emulator, FastCgi, Stack, eventually, form
@@ -406,6 +407,87 @@ def test_silent_connection_does_not_stop_the_pool(stack: Stack, pdf: bytes, comp
     with closing(FastCgi(stack.socket)) as silent:
         silent.socket.sendall(begun)
         assert stack.post(pdf, company, timeout=PATIENCE).status == 200
+
+
+HEAD = {"REQUEST_METHOD": "POST", "DOCUMENT_URI": "/extract", "CONTENT_TYPE": "multipart/form-data; boundary=x"}
+
+
+def test_connections_are_not_kept(stack: Stack) -> None:
+    """A web server that wants to keep its connections gets its answer and the end of the connection."""
+    pid = stack.pids()[0]
+    before = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    for _ in range(30):
+        with closing(FastCgi(stack.socket)) as client:
+            client.begin(keep=True)
+            client.params({"REQUEST_METHOD": "GET", "DOCUMENT_URI": "/healthz"})
+            client.send(FastCgi.STDIN)
+            assert client.answer().status == 200
+            assert client.socket.recv(1) == b""
+    eventually(lambda: len(list(Path(f"/proc/{pid}/fd").iterdir())) <= before + 2, "the descriptors are closed")
+
+
+def test_silent_connections_do_not_add_up(stack: Stack) -> None:
+    """Many that say nothing: health is answered meanwhile, and they are closed after a while."""
+    silent = [FastCgi(stack.socket) for _ in range(20)]
+    assert stack.get("/healthz", timeout=PATIENCE).status == 200
+    for client in silent:
+        assert client.socket.recv(1) == b""
+        client.close()
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/healthz"])
+def test_uploads_that_nobody_wants_hold_no_thread(stack: Stack, path: str) -> None:
+    """More peers than there are threads for it stop in the middle of an upload that would only be passed over."""
+    stalled = [FastCgi(stack.socket) for _ in range(6)]
+    for client in stalled:
+        client.begin()
+        client.params({**HEAD, "DOCUMENT_URI": path, "CONTENT_LENGTH": "100000"})
+        client.send(FastCgi.STDIN, b"ten bytes.")
+    assert stack.get("/healthz", timeout=PATIENCE).status == 200
+    for client in stalled:
+        assert client.answer().status in (404, 405)
+        client.close()
+
+
+def test_upload_that_drips_ends_with_the_deadline(make_stack: Callable[..., Stack]) -> None:
+    """An upload that goes on for ever: the deadline ends it, and SIGTERM need not wait longer."""
+    stack = make_stack(env={"EXTRACT_SERVER_DEADLINE": "6s"})
+    stop = threading.Event()
+    with closing(FastCgi(stack.socket)) as client:
+        client.begin()
+        client.params({**HEAD, "CONTENT_LENGTH": "100000"})
+
+        def drip() -> None:
+            try:
+                while not stop.wait(0.2):
+                    client.send(FastCgi.STDIN, b".")
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        eventually(lambda: stack.metric("extract_requests_in_flight") == 1)
+        assert stack.stop_pool() == 0
+        stop.set()
+        thread.join()
+
+
+def test_a_burst_goes_where_there_is_room(make_stack: Callable[..., Stack], emulator: Emulator,
+                                          crowd: ThreadPoolExecutor, pdf: bytes) -> None:
+    """As many requests as the workers and queues of two processes hold: none is refused."""
+    stack = make_stack(processes=2, env={"EXTRACT_SERVER_THREADS": "1", "EXTRACT_SERVER_QUEUE": "4",
+                                         "EXTRACT_SERVER_QUEUE_WAIT": "60s"})
+    eventually(lambda: stack.metric("extract_workers") == 2)
+    stack.token(key="key")
+    emulator.script("key", *[HELD] * 10)
+    answers = [crowd.submit(stack.post, pdf) for _ in range(2)]
+    emulator.wait(held=2)
+    answers += [crowd.submit(stack.post, pdf) for _ in range(8)]
+    eventually(lambda: stack.metric("extract_requests_queued") == 8)
+    for held in range(5):
+        emulator.wait(held=2)
+        emulator.release()
+    assert statuses(answers) == [200] * 10
 
 
 # ---- processes that end ----

@@ -1,9 +1,5 @@
-/* server.c - the acceptor, the queue, the workers. See server.h; connection.h speaks FastCGI.
- *
- * Connections live in a fixed number of slots: one for each worker, each place in the queue, and
- * SPARE_SLOTS for what is answered at once or refused; without a free slot nothing is accepted. A slot
- * travels: free -> (accepted) -> a lane -> (a thread answers) -> free. One that is silent at first
- * waits in the acceptor's epoll until it speaks.
+/* server.c - the queue and the threads. See server.h; acceptor.c brings the connections, connection.c
+ * speaks FastCGI with them, server_inside.h says what they share.
  *
  * Three lanes, each a list with its threads:
  *   work     the bounded queue; the workers
@@ -13,78 +9,30 @@
  * All of it is under one mutex, which is never held during I/O.
  *
  * No peer can hold a thread: each slot says until when its peer may take to send (a head and what
- * nobody wants to read: HEAD_MS and DRAIN_MS; an upload: the request's deadline), and the watchdog ends
- * the reading of one that is late.
- *
- * Letting others go first: the listener is shared, and the kernel wakes one process that waits for it
- * (EPOLLEXCLUSIVE). An acceptor without an idle worker does not wait for it but pauses for 20 ms, and
- * again while another process of the pool can do better (MAX_PAUSES at the most: that process may be
- * stuck); a connection that is still there after that is everybody's, and is taken. */
+ * nobody wants to read: two seconds; an upload: the request's deadline), and the watchdog ends the
+ * reading of one that is late. */
 #include "server.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "clock.h"
-#include "connection.h"
 #include "log.h"
 #include "metrics.h"
 #include "route.h"
+#include "server_inside.h"
 
-#define LISTENER 0
-#define PAUSE_MS 20
-#define MAX_PAUSES 25
 #define SPARE_SLOTS 64
 #define AT_ONCE_THREADS 2
 #define REFUSING_THREADS 2
-#define HEAD_MS 2000
 #define DRAIN_MS 2000
 #define WATCH_EVERY_MS 250
 #define STACK_SIZE (512 * 1024)
-
-struct slot {
-    struct slot *next;
-    struct connection connection;
-    int64_t read_until_ms; /* monotonic; 0: nothing is read */
-    bool silent;           /* in the acceptor's epoll; the acceptor's own */
-};
-
-struct lane {
-    struct slot *first, **last;
-    int count;
-    pthread_cond_t some; /* CLOCK_MONOTONIC */
-};
-
-struct server {
-    struct app *app;
-    int epoll, drain_fd, idle_fd;
-    int heads; /* an epoll of the silent connections, itself in epoll */
-    struct slot *slots;
-    size_t slot_count;
-    pthread_mutex_t mutex;
-    struct slot *free;
-    size_t used; /* slots that are not free */
-    struct lane work, at_once, refused;
-    pthread_cond_t watch; /* the watchdog: the first slot is used; CLOCK_MONOTONIC */
-    int idle_workers;
-    /* the acceptor's own */
-    bool exhausted; /* of descriptors or memory: said once */
-    int silent;     /* connections accepted that have not spoken: each may want a worker */
-    int left;       /* how often a full queue has left a connection to others */
-    /* under the mutex */
-    bool pausing; /* the acceptor wants to hear of the next idle worker */
-    bool closing; /* nothing more is accepted */
-    bool ended;   /* and all is answered */
-};
 
 /* ---- lanes; all under the mutex ---- */
 
@@ -128,8 +76,7 @@ static struct slot *lane_take(struct lane *lane)
 
 /* ---- slots ---- */
 
-/* A free slot, or NULL. */
-static struct slot *take_free(struct server *server)
+struct slot *server_take_free(struct server *server)
 {
     pthread_mutex_lock(&server->mutex);
     struct slot *slot = server->free;
@@ -142,7 +89,7 @@ static struct slot *take_free(struct server *server)
     return slot;
 }
 
-static void give_back(struct server *server, struct slot *slot)
+void server_give_back(struct server *server, struct slot *slot)
 {
     pthread_mutex_lock(&server->mutex);
     slot->next = server->free;
@@ -151,8 +98,7 @@ static void give_back(struct server *server, struct slot *slot)
     pthread_mutex_unlock(&server->mutex);
 }
 
-/* Until when the peer may take to send; 0: it is not read from, and its descriptor may close. */
-static void read_until(struct server *server, struct slot *slot, int64_t until_ms)
+void server_read_until(struct server *server, struct slot *slot, int64_t until_ms)
 {
     pthread_mutex_lock(&server->mutex);
     slot->read_until_ms = until_ms;
@@ -194,9 +140,9 @@ static void *watchdog_main(void *argument)
 /* Writes the answer, ends the request and gives its slot back. */
 static void finish(struct server *server, struct slot *slot, struct response *response)
 {
-    read_until(server, slot, 0);
+    server_read_until(server, slot, 0);
     connection_answer(&slot->connection, response);
-    give_back(server, slot);
+    server_give_back(server, slot);
 }
 
 /* ---- the threads ---- */
@@ -211,8 +157,9 @@ static void work_one(struct server *server, struct worker *worker, struct slot *
     struct response response;
 
     response_init(&response);
-    read_until(server, slot,
-               slot->connection.request.accepted_ms + server->app->config->server.deadline_ms);
+    server_read_until(server, slot,
+                      slot->connection.request.accepted_ms +
+                          server->app->config->server.deadline_ms);
     metrics_add(METRIC_IN_FLIGHT, 1);
     route_work(worker, &slot->connection.request, &response);
     metrics_add(METRIC_IN_FLIGHT, -1);
@@ -260,7 +207,7 @@ static void *at_once_main(void *argument)
             break;
         pthread_mutex_unlock(&server->mutex);
         response_init(&response);
-        read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);
+        server_read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);
         route_at_once(server->app, &slot->connection.request, &response);
         finish(server, slot, &response);
         pthread_mutex_lock(&server->mutex);
@@ -313,7 +260,7 @@ static void *refusing_main(void *argument)
     while ((slot = next_refused(server)) != NULL) {
         pthread_mutex_unlock(&server->mutex);
         response_init(&response);
-        read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);
+        server_read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);
         refuse(server->app, &slot->connection.request, &response);
         finish(server, slot, &response);
         pthread_mutex_lock(&server->mutex);
@@ -322,9 +269,9 @@ static void *refusing_main(void *argument)
     return NULL;
 }
 
-/* ---- the acceptor ---- */
+/* ---- for the acceptor ---- */
 
-static bool queue_is_full(struct server *server)
+bool server_queue_is_full(struct server *server)
 {
     pthread_mutex_lock(&server->mutex);
     bool full = server->work.count >= server->app->config->server.queue + server->idle_workers;
@@ -332,7 +279,7 @@ static bool queue_is_full(struct server *server)
     return full;
 }
 
-static void dispatch(struct server *server, struct slot *slot)
+void server_dispatch(struct server *server, struct slot *slot)
 {
     enum route_lane lane = route_lane(&slot->connection.request);
 
@@ -352,162 +299,6 @@ static void dispatch(struct server *server, struct slot *slot)
     pthread_mutex_unlock(&server->mutex);
 }
 
-/* Reads the head of a connection that has sent something, and deals the request out. */
-static void read_and_dispatch(struct server *server, struct slot *slot)
-{
-    if (connection_read_head(&slot->connection)) {
-        dispatch(server, slot);
-        return;
-    }
-    read_until(server, slot, 0);
-    give_back(server, slot);
-}
-
-static void drop(struct server *server, struct slot *slot)
-{
-    server->silent -= slot->silent;
-    slot->silent = false;
-    read_until(server, slot, 0);
-    connection_drop(&slot->connection);
-    give_back(server, slot);
-}
-
-/* One that was silent has spoken, or was late. */
-static void wake_silent(struct server *server, struct slot *slot)
-{
-    server->silent--;
-    slot->silent = false;
-    epoll_ctl(server->heads, EPOLL_CTL_DEL, slot->connection.fd, NULL);
-    read_and_dispatch(server, slot);
-}
-
-/* Accepts one connection. False: there is none, or it can't be had now. */
-static bool accept_one(struct server *server)
-{
-    struct slot *slot = take_free(server);
-    struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP, .data.ptr = slot};
-
-    if (slot == NULL) { /* each is bounded in time: one will be free soon */
-        poll(NULL, 0, PAUSE_MS);
-        return false;
-    }
-    int error = connection_accept(&slot->connection, LISTENER);
-    if (error != 0) {
-        give_back(server, slot);
-        bool exhausted = error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
-        if (exhausted && !server->exhausted)
-            log_error(NULL, strerror(error), "no connection can be accepted");
-        server->exhausted = exhausted;
-        if (exhausted)
-            poll(NULL, 0, PAUSE_MS);
-        return false;
-    }
-    server->exhausted = false;
-    read_until(server, slot, clock_monotonic_ms() + HEAD_MS);
-    if (connection_has_data(&slot->connection)) {
-        read_and_dispatch(server, slot);
-    } else if (epoll_ctl(server->heads, EPOLL_CTL_ADD, slot->connection.fd, &event) == 0) {
-        server->silent++;
-        slot->silent = true;
-    } else {
-        drop(server, slot);
-    }
-    return true;
-}
-
-/* The drain has begun: what was accepted and speaks now is served still, the rest was silent. */
-static void end_silent(struct server *server)
-{
-    for (size_t i = 0; i < server->slot_count; i++) {
-        struct slot *slot = &server->slots[i];
-        if (slot->silent && connection_has_data(&slot->connection))
-            wake_silent(server, slot);
-        else if (slot->silent)
-            drop(server, slot);
-    }
-}
-
-/* Is there a worker with nothing to do and nothing in the queue for it? If not, the next worker that
- * becomes idle will write to idle_fd. */
-static bool has_idle_worker(struct server *server)
-{
-    eventfd_t ignored;
-
-    eventfd_read(server->idle_fd, &ignored);
-    pthread_mutex_lock(&server->mutex);
-    bool idle = server->idle_workers > server->work.count + server->silent;
-    server->pausing = !idle;
-    pthread_mutex_unlock(&server->mutex);
-    return idle;
-}
-
-static bool draining(const struct server *server)
-{
-    struct pollfd drain = {.fd = server->drain_fd, .events = POLLIN};
-    return poll(&drain, 1, 0) > 0;
-}
-
-/* Accepts what waits: as long as there is an idle worker for it, or, where others have been let go
- * first, all of it; but a full process leaves to one with room in its queue what it would refuse. */
-static void accept_waiting(struct server *server, bool all)
-{
-    do {
-        if (all && queue_is_full(server) &&
-            metrics_room_elsewhere(server->app->config->server.queue) &&
-            server->left++ < MAX_PAUSES)
-            return;
-        if (!accept_one(server))
-            return;
-    } while ((all || has_idle_worker(server)) && !draining(server));
-}
-
-static void wake_one_silent(struct server *server)
-{
-    struct epoll_event event;
-
-    if (epoll_wait(server->heads, &event, 1, 0) > 0)
-        wake_silent(server, event.data.ptr);
-}
-
-/* Handles what epoll tells. True: the drain begins. */
-static bool handle_event(struct server *server, const struct epoll_event *event, bool idle)
-{
-    if (event->data.fd == server->drain_fd)
-        return true;
-    if (event->data.fd == server->heads)
-        wake_one_silent(server);
-    else
-        accept_waiting(server, !idle);
-    return false;
-}
-
-static void accept_until_drain(struct server *server)
-{
-    for (int pauses = 0;; pauses++) {
-        struct pollfd pause[] = {{.fd = server->drain_fd, .events = POLLIN},
-                                 {.fd = server->heads, .events = POLLIN},
-                                 {.fd = server->idle_fd, .events = POLLIN}};
-        struct epoll_event event;
-        bool idle = has_idle_worker(server);
-
-        if (!idle) { /* let others go first */
-            int woken = poll(pause, 3, PAUSE_MS);
-            if (pause[0].revents != 0)
-                return;
-            if (pause[1].revents != 0)
-                wake_one_silent(server);
-            if (woken > 0 || (pauses < MAX_PAUSES && metrics_room_elsewhere(0)))
-                continue;
-        } else {
-            server->left = 0;
-        }
-        pauses = 0;
-        int n = epoll_wait(server->epoll, &event, 1, idle ? -1 : 0);
-        if (n > 0 && handle_event(server, &event, idle))
-            return;
-    }
-}
-
 /* ---- start and end ---- */
 
 enum err_code server_check(struct err *err)
@@ -515,7 +306,8 @@ enum err_code server_check(struct err *err)
     int listening = 0;
     socklen_t size = sizeof listening;
 
-    if (getsockopt(LISTENER, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) != 0 || !listening)
+    if (getsockopt(SERVER_LISTENER, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) != 0 ||
+        !listening)
         return err_set(
             err, ERR_CONFIG,
             "standard input is not a listening socket: start the program by systemd "
@@ -523,10 +315,16 @@ enum err_code server_check(struct err *err)
     return ERR_NONE;
 }
 
-static enum err_code watch_fd(struct server *server, int fd, uint32_t events)
+static void server_free(struct server *server)
 {
-    struct epoll_event event = {.events = events, .data.fd = fd};
-    return epoll_ctl(server->epoll, EPOLL_CTL_ADD, fd, &event) == 0 ? ERR_NONE : ERR_INTERNAL;
+    acceptor_close(server);
+    pthread_cond_destroy(&server->work.some);
+    pthread_cond_destroy(&server->at_once.some);
+    pthread_cond_destroy(&server->refused.some);
+    pthread_cond_destroy(&server->watch);
+    pthread_mutex_destroy(&server->mutex);
+    free(server->slots);
+    free(server);
 }
 
 static struct server *server_new(struct app *app, int drain_fd, struct err *err)
@@ -534,7 +332,6 @@ static struct server *server_new(struct app *app, int drain_fd, struct err *err)
     struct server *server = calloc(1, sizeof *server);
     size_t count =
         (size_t)app->config->server.threads + (size_t)app->config->server.queue + SPARE_SLOTS;
-    int flags = fcntl(LISTENER, F_GETFL);
 
     if (server == NULL || (server->slots = calloc(count, sizeof *server->slots)) == NULL) {
         free(server);
@@ -542,6 +339,7 @@ static struct server *server_new(struct app *app, int drain_fd, struct err *err)
         return NULL;
     }
     server->app = app;
+    server->epoll = server->heads = server->idle_fd = -1;
     server->drain_fd = drain_fd;
     server->slot_count = count;
     for (size_t i = 0; i < count; i++) {
@@ -553,34 +351,10 @@ static struct server *server_new(struct app *app, int drain_fd, struct err *err)
     lane_init(&server->work);
     lane_init(&server->at_once);
     lane_init(&server->refused);
-    server->epoll = epoll_create1(EPOLL_CLOEXEC);
-    server->heads = epoll_create1(EPOLL_CLOEXEC);
-    server->idle_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (server->epoll < 0 || server->heads < 0 || server->idle_fd < 0 ||
-        fcntl(LISTENER, F_SETFL, flags | O_NONBLOCK) != 0 || FCGX_Init() != 0 ||
-        watch_fd(server, LISTENER, EPOLLIN | EPOLLEXCLUSIVE) != ERR_NONE ||
-        watch_fd(server, server->heads, EPOLLIN) != ERR_NONE ||
-        watch_fd(server, drain_fd, EPOLLIN) != ERR_NONE)
-        err_set(err, ERR_INTERNAL, "the listening socket cannot be watched: %s", strerror(errno));
-    else
+    if (connection_init(err) == ERR_NONE && acceptor_open(server, err) == ERR_NONE)
         return server;
-    free(server->slots);
-    free(server);
+    server_free(server);
     return NULL;
-}
-
-static void server_free(struct server *server)
-{
-    close(server->epoll);
-    close(server->heads);
-    close(server->idle_fd);
-    pthread_cond_destroy(&server->work.some);
-    pthread_cond_destroy(&server->at_once.some);
-    pthread_cond_destroy(&server->refused.some);
-    pthread_cond_destroy(&server->watch);
-    pthread_mutex_destroy(&server->mutex);
-    free(server->slots);
-    free(server);
 }
 
 /* The threads of a server; joined in the end. */
@@ -665,9 +439,8 @@ enum err_code server_run(struct app *app, int drain_fd, struct err *err)
     } else {
         if (start_threads(server, &threads, workers)) {
             metrics_add(METRIC_WORKERS, count);
-            accept_until_drain(server);
+            acceptor_run(server);
             metrics_add(METRIC_WORKERS, -count); /* they take nothing new */
-            end_silent(server);
         } else {
             code = err_set(err, ERR_INTERNAL, "the threads cannot be started: %s", strerror(errno));
         }

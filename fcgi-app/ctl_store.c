@@ -43,12 +43,29 @@ const char *ctl_store_place(const struct config *config)
     return config->store.driver == DRIVER_SQLITE ? config->store.path : config->store.server;
 }
 
+/* Is there no directory for the embedded store? */
+static bool missing_directory(const struct config *config, char *out, size_t size)
+{
+    const char *slash = strrchr(config->store.path, '/');
+    int len = slash == NULL ? 0 : (int)(slash - config->store.path);
+
+    if (config->store.driver != DRIVER_SQLITE || len == 0)
+        return false;
+    return snprintf(out, size, "%.*s", len, config->store.path) < (int)size &&
+           access(out, F_OK) != 0 && errno == ENOENT;
+}
+
 void ctl_store_remedy(const struct config *config, enum err_code code, char *out, size_t size)
 {
+    char directory[256];
+
     if (code == ERR_SCHEMA)
         *out = '\0';
     else if (code == ERR_STORAGE_FULL)
         snprintf(out, size, "make room on the disk of %s", ctl_store_place(config));
+    else if (missing_directory(config, directory, sizeof directory))
+        snprintf(out, size, "make the directory %s for user %s, or correct store.path", directory,
+                 ctl_user_name());
     else if (config->store.driver == DRIVER_SQLITE)
         snprintf(out, size, "see that store.path is right and that user %s may write there",
                  ctl_user_name());

@@ -1,7 +1,7 @@
 /* outbox.c - the journal of what could not reach the store. See outbox.h.
  *
  * state_dir/outbox.db holds two tables: Outbox, what waits, replayed in the order of Seq, and
- * OutboxDead, what the store refused for its data, left for people (to try one again:
+ * OutboxDead, what the store refused for its data or failed at again and again, left for people (to try one again:
  * INSERT INTO Outbox (Kind, RequestID, TokenID, Payload, CreatedAt) SELECT … FROM OutboxDead).
  * An entry is removed only after the store has taken it; a crash in between replays it once more,
  * which counts once. state_dir/outbox.lock (flock) is held by the one process that replays; the lock
@@ -32,11 +32,17 @@
 #define KIND_SETTLEMENT "settlement"
 #define KIND_RESERVATION "reservation"
 #define RESERVATION_MIN_MS 60000
+#define FAILURES_MAX 20 /* of an entry, with ERR_INTERNAL */
 
 struct outbox {
     pthread_mutex_t lock; /* one connection */
     sqlite3 *db;
     int directory;
+    /* The entry that failed last with ERR_INTERNAL, and how often. Only the oldest is ever tried, so
+     * one place suffices. Each process counts its own attempts (one every few seconds): many of them
+     * do not give an entry less time. */
+    int64_t failing_seq;
+    int failures;
 };
 
 /* Kind: settlement or reservation. CreatedAt: milliseconds since 1970-01-01 UTC. AUTOINCREMENT: the
@@ -567,6 +573,18 @@ static enum err_code bury(struct outbox *outbox, int64_t seq, const char *reason
     return code;
 }
 
+/* Has the entry failed for nobody's fault so often that others shall pass? */
+static bool has_failed_enough(struct outbox *outbox, const struct entry *entry,
+                              enum err_code verdict)
+{
+    if (verdict != ERR_INTERNAL)
+        return false;
+    if (outbox->failing_seq != entry->seq)
+        outbox->failures = 0;
+    outbox->failing_seq = entry->seq;
+    return ++outbox->failures >= FAILURES_MAX;
+}
+
 /* Does with the entry what the store's verdict asks for. */
 static enum err_code conclude(struct outbox *outbox, const struct entry *entry,
                               enum err_code verdict, struct err *err)
@@ -579,16 +597,18 @@ static enum err_code conclude(struct outbox *outbox, const struct entry *entry,
 
     snprintf(reason, sizeof reason, "%s", err->message);
     pthread_mutex_lock(&outbox->lock);
+    bool failed = has_failed_enough(outbox, entry, verdict);
     if (verdict == ERR_NONE)
         code = execute(outbox, "DELETE FROM Outbox WHERE Seq = ?1", entry->seq, NULL, err);
-    else if (verdict == ERR_BAD_VALUE)
+    else if (verdict == ERR_BAD_VALUE || failed)
         code = bury(outbox, entry->seq, reason, err);
     else if (execute(outbox, failed_again, entry->seq, reason, &second) != ERR_NONE)
         err_prefix(err, "%s", second.message);
     pthread_mutex_unlock(&outbox->lock);
-    if (verdict == ERR_BAD_VALUE && code == ERR_NONE)
+    if (verdict != ERR_NONE && code == ERR_NONE)
         log_critical(entry->request_id, reason,
-                     "the store refuses a %s of the outbox: moved to its dead table",
+                     "the store %s a %s of the outbox: moved to its dead table",
+                     failed ? "fails again and again at" : "refuses",
                      entry->is_reservation ? KIND_RESERVATION : KIND_SETTLEMENT);
     return code;
 }

@@ -104,11 +104,10 @@ static void fail_settlement(void *item, const struct err *err)
     settlement->err = *err;
 }
 
-/* Is it the data that failed, rather than the way to the store? */
-static bool is_refusal(enum err_code code)
+/* Can one item have failed the whole batch? */
+static bool may_be_one_of_many(enum err_code code)
 {
-    return code != ERR_NONE && code != ERR_STORE_UNAVAILABLE && code != ERR_STORAGE_FULL &&
-           code != ERR_SCHEMA;
+    return code == ERR_BAD_VALUE || code == ERR_INTERNAL;
 }
 
 /* Runs the items in one transaction, and writes the outcome into those that it fails as a whole. */
@@ -127,7 +126,7 @@ static void run_lane(void *context, void **items, size_t count)
     struct lane *lane = context;
     int64_t start_ms = clock_monotonic_ms();
 
-    if (is_refusal(carry(lane, items, count)) && count > 1) {
+    if (may_be_one_of_many(carry(lane, items, count)) && count > 1) {
         /* One of them fails its neighbours, and nothing of the batch has happened: each alone. */
         for (size_t i = 0; i < count; i++)
             (void)carry(lane, &items[i], 1);
@@ -306,10 +305,11 @@ static void raise_alarm(struct store_settlement *s, const char *store_says, cons
     s->code = err_set(&s->err, ERR_STORAGE_FULL, "%s", err_info(ERR_STORAGE_FULL)->detail);
 }
 
-/* What the store did not take goes to the outbox; what it refuses, to the outbox's dead table. */
+/* What the store did not take goes to the outbox, whatever the reason; but what it refuses for the
+ * data itself, which it will refuse again, to the outbox's dead table. */
 static void journal(struct store *store, struct store_settlement *s)
 {
-    bool refused = is_refusal(s->code);
+    bool refused = s->code == ERR_BAD_VALUE;
     struct err store_says = s->err;
     struct err outbox_says = {.message = ""};
     struct outbox *outbox = need_outbox(store, &outbox_says);
@@ -403,12 +403,6 @@ enum err_code store_settle(struct store *store, struct store_settlement *settlem
 
 /* ---- the outbox ---- */
 
-/* The store's verdict on an entry. What it refuses alone, it will refuse again. */
-static enum err_code verdict(enum err_code code, const struct err *why, struct err *err)
-{
-    return err_set(err, is_refusal(code) ? ERR_BAD_VALUE : code, "%s", why->message);
-}
-
 static enum err_code replay_settlement(void *context, struct store_settlement *s, struct err *err)
 {
     struct store *store = context;
@@ -417,7 +411,7 @@ static enum err_code replay_settlement(void *context, struct store_settlement *s
     prepare_settlement(s);
     settle_in_store(store, &item, 1, clock_monotonic_ms() + store->query_timeout_ms);
     if (s->code != ERR_NONE)
-        return verdict(s->code, &s->err, err);
+        return err_set(err, s->code, "%s", s->err.message);
     /* Nobody waits for this settlement's outcome any more who would say so. */
     if (s->threshold_crossed)
         log_warning(s->request_id, NULL, "token %lld of company %s has crossed its threshold",
@@ -438,7 +432,7 @@ static enum err_code replay_reservation(void *context, struct store_acquire *acq
 
     if (store_acquire(store, acquire, clock_monotonic_ms() + store->query_timeout_ms) == ERR_NONE)
         return ERR_NONE;
-    return verdict(acquire->code, &acquire->err, err);
+    return err_set(err, acquire->code, "%s", acquire->err.message);
 }
 
 static bool go_on(void *context)

@@ -18,9 +18,11 @@
 #include "embed.h"
 
 /* What sql/setup_sqlite.sql sets up. */
-#define SCHEMA_VERSION 1
+#define SCHEMA_VERSION 2
 #define SCHEMA_MAJOR 1
 #define RETRY_PAUSE_MS 10
+#define PING_TIMEOUT_MS 1000
+#define WRITTEN_LATELY_MS 1000
 
 /* ---- the schema ---- */
 
@@ -80,6 +82,33 @@ static enum err_code set_up(struct sqlite_db *db, struct err *err)
     return code;
 }
 
+static enum err_code check_version(struct store_sqlite *store, bool may_set_up, int *version,
+                                   struct err *err)
+{
+    int major = 0;
+    enum err_code code = read_version(&store->writer, version, &major, err);
+
+    if (code == ERR_NONE && major > SCHEMA_MAJOR)
+        code = err_set(err, ERR_SCHEMA,
+                       "the schema (version %d) is newer than this program understands", *version);
+    if (code == ERR_NONE && *version < SCHEMA_VERSION && !may_set_up)
+        code = err_set(err, ERR_SCHEMA, "the schema is %s: run `extractctl migrate`",
+                       *version == 0 ? "missing" : "older than this program needs");
+    return code;
+}
+
+enum err_code sqlite_check_schema(struct store_sqlite *store, int64_t deadline_ms, struct err *err)
+{
+    int version = 0;
+    enum err_code code = check_version(store, false, &version, err);
+
+    if (code == ERR_NONE)
+        code = use_wal(&store->writer, deadline_ms, err);
+    if (code == ERR_NONE) /* once more: reading opens the log */
+        code = check_version(store, false, &version, err);
+    return code;
+}
+
 /* Brings the schema to the version that this program works with, where it may. Under the host's
  * lock: of ten processes that start at once, one does it and nine find it done. */
 static enum err_code ensure_schema(struct store_sqlite *store, bool may_set_up, struct err *err)
@@ -90,14 +119,7 @@ static enum err_code ensure_schema(struct store_sqlite *store, bool may_set_up, 
 
     if (code != ERR_NONE)
         return code;
-    code = read_version(&store->writer, &store->version, &major, err);
-    if (code == ERR_NONE && major > SCHEMA_MAJOR)
-        code = err_set(err, ERR_SCHEMA,
-                       "the schema (version %d) is newer than this program understands",
-                       store->version);
-    if (code == ERR_NONE && store->version < SCHEMA_VERSION && !may_set_up)
-        code = err_set(err, ERR_SCHEMA, "the schema is %s: run `extractctl migrate`",
-                       store->version == 0 ? "missing" : "older than this program needs");
+    code = check_version(store, may_set_up, &store->version, err);
     if (code == ERR_NONE)
         code = use_wal(&store->writer, deadline_ms, err);
     if (code == ERR_NONE && store->version < SCHEMA_VERSION) {
@@ -105,6 +127,8 @@ static enum err_code ensure_schema(struct store_sqlite *store, bool may_set_up, 
         if (code == ERR_NONE)
             code = read_version(&store->writer, &store->version, &major, err);
     }
+    if (code == ERR_NONE)
+        sqlite_remember_log(store);
     sqlite_host_unlock(store);
     return code;
 }
@@ -125,6 +149,7 @@ static void store_sqlite_close(void *self)
     pthread_mutex_destroy(&store->writer_mutex);
     if (store->lock_fd >= 0)
         close(store->lock_fd);
+    free(store->path);
     free(store);
 }
 
@@ -138,6 +163,8 @@ static enum err_code open_files(struct store_sqlite *store, const char *path, bo
     buf_printf(&lock_path, "%s.lock", path);
     if (path[0] == '\0' || !buf_ok(&lock_path)) {
         code = err_set(err, ERR_CONFIG, "store.path is empty or too long");
+    } else if (sqlite_check_directory(path, err) != ERR_NONE) {
+        code = err->code;
     } else if (!may_set_up && access(path, F_OK) != 0 && errno == ENOENT) {
         code = err_set(err, ERR_SCHEMA, "%s does not exist: run `extractctl migrate`", path);
     } else {
@@ -154,7 +181,16 @@ static enum err_code open_files(struct store_sqlite *store, const char *path, bo
     return code;
 }
 
-static enum err_code open_readers(struct store_sqlite *store, const char *path, struct err *err)
+enum err_code sqlite_connect_reader(struct store_sqlite *store, struct sqlite_db *db,
+                                    struct err *err)
+{
+    enum err_code code =
+        sqlite_connect(db, store->path, store->writer.file, store->timeout_ms, err);
+
+    return code == ERR_NONE ? sqlite_exec(db, "PRAGMA query_only = ON", err) : code;
+}
+
+static enum err_code open_readers(struct store_sqlite *store, struct err *err)
 {
     enum err_code code = ERR_NONE;
 
@@ -162,9 +198,7 @@ static enum err_code open_readers(struct store_sqlite *store, const char *path, 
         struct sqlite_reader *reader = &store->readers[i];
         pthread_mutex_init(&reader->mutex, NULL);
         store->readers_open++;
-        code = sqlite_connect(&reader->db, path, store->timeout_ms, err);
-        if (code == ERR_NONE)
-            code = sqlite_exec(&reader->db, "PRAGMA query_only = ON", err);
+        code = sqlite_connect_reader(store, &reader->db, err);
     }
     return code;
 }
@@ -174,9 +208,11 @@ static void *store_sqlite_open(const struct config *config, bool migrate, struct
     struct store_sqlite *store = calloc(1, sizeof *store);
     const char *path = config->store.path;
     bool may_set_up = migrate || config->store.auto_create;
+    struct sqlite_file file = {0};
     enum err_code code = ERR_NONE;
 
-    if (store == NULL) {
+    if (store == NULL || (store->path = strdup(path)) == NULL) {
+        free(store);
         err_set(err, ERR_INTERNAL, "no memory");
         return NULL;
     }
@@ -185,11 +221,13 @@ static void *store_sqlite_open(const struct config *config, bool migrate, struct
     pthread_mutex_init(&store->writer_mutex, NULL);
     code = open_files(store, path, may_set_up, err);
     if (code == ERR_NONE)
-        code = sqlite_connect(&store->writer, path, store->timeout_ms, err);
+        code = sqlite_file_at(path, &file, err);
+    if (code == ERR_NONE)
+        code = sqlite_connect(&store->writer, path, file, store->timeout_ms, err);
     if (code == ERR_NONE)
         code = ensure_schema(store, may_set_up, err);
     if (code == ERR_NONE)
-        code = open_readers(store, path, err);
+        code = open_readers(store, err);
     if (code != ERR_NONE) {
         store_sqlite_close(store);
         return NULL;
@@ -210,12 +248,12 @@ static int store_sqlite_schema_version(void *self)
     return store->version;
 }
 
-static enum err_code store_sqlite_ping(void *self, struct err *err)
+static enum err_code read_something(struct store_sqlite *store, struct err *err)
 {
     static const char sql[] = "SELECT Version FROM SchemaVersion WHERE SchemaVersionID = 1";
     struct sqlite_reader *reader = NULL;
     sqlite3_stmt *row = NULL;
-    enum err_code code = sqlite_reader_take(self, &reader, err);
+    enum err_code code = sqlite_reader_take(store, &reader, err);
 
     if (code != ERR_NONE)
         return code;
@@ -224,6 +262,27 @@ static enum err_code store_sqlite_ping(void *self, struct err *err)
         code = err_set(err, ERR_SCHEMA, "the schema is missing: run `extractctl migrate`");
     sqlite3_reset(row);
     sqlite_reader_give(reader);
+    return code;
+}
+
+static bool written_lately(struct store_sqlite *store)
+{
+    int64_t written_ms = atomic_load(&store->written_ms);
+    return written_ms != 0 && clock_monotonic_ms() - written_ms < WRITTEN_LATELY_MS;
+}
+
+/* Can it be read, and written? A process that does write need not try. */
+static enum err_code store_sqlite_ping(void *self, struct err *err)
+{
+    struct store_sqlite *store = self;
+    int64_t wait_ms = store->timeout_ms < PING_TIMEOUT_MS ? store->timeout_ms : PING_TIMEOUT_MS;
+    enum err_code code = read_something(store, err);
+
+    if (code != ERR_NONE || written_lately(store))
+        return code;
+    code = sqlite_try_write(store, clock_monotonic_ms() + wait_ms, err);
+    if (code != ERR_NONE && written_lately(store)) /* a long queue that moves */
+        code = err_set(err, ERR_NONE, "%s", "");
     return code;
 }
 

@@ -14,7 +14,7 @@ struct candidate {
     int64_t limit;
     bool limited;
     bool has_summary;
-    bool has_key; /* one that fits */
+    bool has_key; /* one that can be sent */
     int64_t used;
     int64_t reserved;
     int64_t cooling_ms; /* how long it still cools down; 0 or less: not */
@@ -45,11 +45,40 @@ static const char *choose_sql(const char *company_id, const char *ascii, const c
     return ascii;
 }
 
+/* ---- keys ---- */
+
+static bool is_blank(char c)
+{
+    return (unsigned char)c <= ' ' || c == 0x7F;
+}
+
+/* The key in that column, without the line end or other white space that a key pasted by hand often
+ * brings. NULL: what is left is not 1 to 1024 visible ASCII characters, and could not be sent. */
+static const char *find_key(sqlite3_stmt *row, int column, size_t *len)
+{
+    const char *key = (const char *)sqlite3_column_text(row, column);
+    size_t n = key == NULL ? 0 : (size_t)sqlite3_column_bytes(row, column); /* with any NUL */
+
+    while (n > 0 && is_blank(key[n - 1]))
+        n--;
+    for (; n > 0 && is_blank(*key); key++)
+        n--;
+    *len = n;
+    if (n == 0 || n > STORE_API_KEY_SIZE - 1)
+        return NULL;
+    for (size_t i = 0; i < n; i++)
+        if (is_blank(key[i]) || (unsigned char)key[i] > '~')
+            return NULL;
+    return key;
+}
+
 /* ---- looking ---- */
 
 static enum err_code add_candidate(struct candidates *found, sqlite3_stmt *row, int64_t now_ms,
                                    struct err *err)
 {
+    size_t key_len;
+
     if (found->count == found->room) {
         size_t room = found->room == 0 ? 16 : 2 * found->room;
         struct candidate *more = realloc(found->all, room * sizeof *more);
@@ -67,7 +96,7 @@ static enum err_code add_candidate(struct candidates *found, sqlite3_stmt *row, 
         .reserved = sqlite3_column_int64(row, 4),
         .cooling_ms =
             sqlite3_column_type(row, 5) == SQLITE_NULL ? 0 : sqlite3_column_int64(row, 5) - now_ms,
-        .has_key = sqlite3_column_int(row, 6) != 0,
+        .has_key = find_key(row, 6, &key_len) != NULL,
     };
     return ERR_NONE;
 }
@@ -80,7 +109,7 @@ static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_i
     "SELECT t.TokenID, t.TotalTokenLimit, s.TokenID IS NOT NULL,"                       \
     " IFNULL(s.TotalUsedTokens, " SQLITE_USED_BY_ROWS "), IFNULL(s.ReservedTokens, 0)," \
     " CAST(ROUND((julianday(t.CooldownUntil) - 2440587.5) * 86400000.0) AS INTEGER),"   \
-    " LENGTH(CAST(t.ApiKey AS BLOB)) BETWEEN 1 AND 1024"                                \
+    " t.ApiKey"                                                                         \
     " FROM TokenMaster t LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID"        \
     " WHERE " company " AND t.Status = 'Active' AND " SQLITE_PROVIDER_SERVED " ORDER BY t.TokenID"
     static const char ascii[] = CANDIDATES(COMPANY_ASCII);
@@ -210,14 +239,15 @@ static enum err_code copy_token(struct store_acquire *a, sqlite3_stmt *row, int 
                                 struct err *err)
 {
     const char *company_id = (const char *)sqlite3_column_text(row, company);
-    const char *api_key = (const char *)sqlite3_column_text(row, key);
+    size_t key_len = 0;
+    const char *api_key = find_key(row, key, &key_len);
 
-    if (!sqlite_text_fits(company_id, 1, SQLITE_TEXT_MAX_BYTES) ||
-        !sqlite_text_fits(api_key, 1, STORE_API_KEY_SIZE - 1))
+    if (!sqlite_text_fits(company_id, 1, SQLITE_TEXT_MAX_BYTES) || api_key == NULL)
         return err_set(err, ERR_BAD_VALUE, "token %lld has no usable CompanyID or ApiKey",
                        (long long)sqlite3_column_int64(row, 0));
     memcpy(a->company_id_stored, company_id, strlen(company_id) + 1);
-    memcpy(a->api_key, api_key, strlen(api_key) + 1);
+    memcpy(a->api_key, api_key, key_len);
+    a->api_key[key_len] = '\0';
     return ERR_NONE;
 }
 

@@ -10,6 +10,7 @@
 
 #define THRESHOLD_DEFAULT 0.8
 #define DETAIL_SIZE 256
+#define STATUS_SIZE 65 /* 16 characters */
 
 /* ---- what may come in ---- */
 
@@ -238,10 +239,24 @@ static enum err_code set_summary(struct sqlite_tx *tx, int64_t token_id, int64_t
                       threshold > 0 ? sql_real(threshold) : sql_text(NULL), sql_text(tx->now));
 }
 
-/* An Exceeded token with room again is Active; an Active one without is Exceeded. *now: its status
- * when that changed, else NULL. */
-static enum err_code follow_limit(struct sqlite_tx *tx, int64_t token_id, const char **now,
-                                  struct err *err)
+/* The token's status, cut to what a record holds; "" without such a token. */
+static enum err_code read_status(struct sqlite_tx *tx, int64_t token_id, char out[STATUS_SIZE],
+                                 struct err *err)
+{
+    static const char sql[] = "SELECT SUBSTR(Status, 1, 16) FROM TokenMaster WHERE TokenID = ?1";
+    sqlite3_stmt *row = NULL;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_int(token_id));
+
+    out[0] = '\0';
+    if (row != NULL)
+        snprintf(out, STATUS_SIZE, "%s", (const char *)sqlite3_column_text(row, 0));
+    sqlite3_reset(row);
+    return code;
+}
+
+/* An Exceeded token with room again is Active; an Active one without is Exceeded. The first also by
+ * the schema's trigger, when the limit was raised. */
+static enum err_code follow_limit(struct sqlite_tx *tx, int64_t token_id, struct err *err)
 {
 #define ROOM                                            \
     "(t.TotalTokenLimit IS NULL OR t.TotalTokenLimit >" \
@@ -252,15 +267,9 @@ static enum err_code follow_limit(struct sqlite_tx *tx, int64_t token_id, const 
     static const char sql_exceeded[] =
         "UPDATE TokenMaster AS t SET Status = 'Exceeded', StatusReason = 'limit reached'"
         " WHERE t.TokenID = ?1 AND t.Status = 'Active' AND NOT " ROOM;
-    int changed = 0;
-    enum err_code code = SQLITE_RUN(tx->db, &changed, err, sql_active, sql_int(token_id));
+    enum err_code code = SQLITE_RUN(tx->db, NULL, err, sql_active, sql_int(token_id));
 
-    *now = changed > 0 ? "Active" : NULL;
-    if (code != ERR_NONE || changed > 0)
-        return code;
-    code = SQLITE_RUN(tx->db, &changed, err, sql_exceeded, sql_int(token_id));
-    *now = changed > 0 ? "Exceeded" : NULL;
-    return code;
+    return code == ERR_NONE ? SQLITE_RUN(tx->db, NULL, err, sql_exceeded, sql_int(token_id)) : code;
 }
 
 static enum err_code set_limit(struct sqlite_tx *tx, const char *actor, int64_t token_id,
@@ -271,11 +280,14 @@ static enum err_code set_limit(struct sqlite_tx *tx, const char *actor, int64_t 
     char detail[DETAIL_SIZE];
     char limit_text[32];
     char threshold_text[64] = "";
-    const char *status = NULL;
+    char before[STATUS_SIZE];
+    char after[STATUS_SIZE];
     int changed = 0;
-    enum err_code code = SQLITE_RUN(tx->db, &changed, err, sql, sql_int(token_id), sql_limit(limit),
-                                    sql_text(tx->now));
+    enum err_code code = read_status(tx, token_id, before, err);
 
+    if (code == ERR_NONE)
+        code = SQLITE_RUN(tx->db, &changed, err, sql, sql_int(token_id), sql_limit(limit),
+                          sql_text(tx->now));
     if (code == ERR_NONE && changed == 0)
         return no_such_token(token_id, err);
     if (code == ERR_NONE)
@@ -283,14 +295,17 @@ static enum err_code set_limit(struct sqlite_tx *tx, const char *actor, int64_t 
     if (code == ERR_NONE)
         code = set_summary(tx, token_id, limit, threshold, err);
     if (code == ERR_NONE)
-        code = follow_limit(tx, token_id, &status, err);
+        code = follow_limit(tx, token_id, err);
+    if (code == ERR_NONE)
+        code = read_status(tx, token_id, after, err);
     if (code != ERR_NONE)
         return code;
     describe_limit(limit, limit_text);
     if (threshold > 0)
         snprintf(threshold_text, sizeof threshold_text, ", threshold %g", threshold);
+    bool same = strcmp(before, after) == 0;
     snprintf(detail, sizeof detail, "limit %s%s%s%s", limit_text, threshold_text,
-             status != NULL ? ", now " : "", status != NULL ? status : "");
+             same ? "" : ", now ", same ? "" : after);
     return sqlite_audit(tx, actor, "token limit changed", token_id, NULL, detail, err);
 }
 

@@ -13,17 +13,32 @@
 #include "store_sqlite.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <libgen.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "text.h"
+
+/* The thread sanitizers of gcc 12 and clang 14 do not know pthread_mutex_clocklock(). */
+#if defined(__SANITIZE_THREAD__)
+#define HAS_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define HAS_TSAN 1
+#endif
+#endif
+#ifdef HAS_TSAN
+#include <sanitizer/tsan_interface.h>
+#define TSAN_BEFORE_LOCK(mutex) __tsan_mutex_pre_lock((mutex), __tsan_mutex_try_lock)
+#define TSAN_AFTER_LOCK(mutex, locked) \
+    __tsan_mutex_post_lock((mutex),    \
+                           (locked) ? __tsan_mutex_try_lock : __tsan_mutex_try_lock_failed, 0)
+#else
+#define TSAN_BEFORE_LOCK(mutex) ((void)0)
+#define TSAN_AFTER_LOCK(mutex, locked) ((void)0)
+#endif
 
 #define TICK_SIGNAL (SIGRTMIN + 1)
 #define TICK_NS 50000000L
@@ -48,6 +63,9 @@ static enum err_code code_of(int result)
     case SQLITE_PROTOCOL:  /* locks of the log could not be had in time */
     case SQLITE_READONLY:  /* the file system has become so */
     case SQLITE_INTERRUPT: /* a query past its deadline */
+    case SQLITE_CORRUPT:
+    case SQLITE_NOTADB:
+    case SQLITE_NOMEM:
         return ERR_STORE_UNAVAILABLE;
     case SQLITE_FULL:
         return ERR_STORAGE_FULL;
@@ -74,36 +92,6 @@ bool sqlite_text_fits(const char *s, size_t min, size_t max)
 }
 
 /* ---- connections ---- */
-
-/* The owner of the directory: the service, where an administrator sets it up as root. */
-static int give_to_directory_owner(int fd, const char *path)
-{
-    char *copy = strdup(path); /* dirname() writes into it */
-    struct stat directory;
-    int result = -1;
-
-    if (copy != NULL && stat(dirname(copy), &directory) == 0)
-        result = fchown(fd, directory.st_uid, directory.st_gid);
-    free(copy);
-    return result;
-}
-
-enum err_code sqlite_create_file(const char *path, struct err *err)
-{
-    /* O_EXCL: closing a descriptor of a database that is in use would drop SQLite's locks. */
-    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    enum err_code code = ERR_NONE;
-
-    if (fd < 0 && errno == EEXIST)
-        return ERR_NONE;
-    if (fd < 0 || (geteuid() == 0 && give_to_directory_owner(fd, path) != 0))
-        code = err_set(
-            err, errno == ENOSPC || errno == EDQUOT ? ERR_STORAGE_FULL : ERR_STORE_UNAVAILABLE,
-            "cannot create %s: %s", path, strerror(errno));
-    if (fd >= 0)
-        close(fd);
-    return code;
-}
 
 static bool is_ascii(const char *s)
 {
@@ -138,15 +126,24 @@ static void fold(sqlite3_context *context, int count, sqlite3_value **values)
     arena_reset(&arena);
 }
 
-enum err_code sqlite_connect(struct sqlite_db *db, const char *path, int64_t timeout_ms,
-                             struct err *err)
+enum err_code sqlite_connect(struct sqlite_db *db, const char *path, struct sqlite_file file,
+                             int64_t timeout_ms, struct err *err)
 {
+    struct sqlite_file opened = {0};
     int result =
         sqlite3_open_v2(path, &db->handle,
                         SQLITE_OPEN_READWRITE | SQLITE_OPEN_NOMUTEX | SQLITE_OPEN_EXRESCODE, NULL);
 
-    if (result == SQLITE_OK)
-        result = sqlite3_busy_timeout(db->handle, (int)timeout_ms);
+    if (result != SQLITE_OK)
+        return sqlite_failed(err, result);
+    /* It was there before and is there after: so it is what was opened in between. */
+    if (sqlite_file_at(path, &opened, err) != ERR_NONE)
+        return err->code;
+    if (!sqlite_same_file(opened, file))
+        return err_set(err, ERR_STORE_UNAVAILABLE,
+                       "embedded store: the file was replaced while it was opened");
+    db->file = file;
+    result = sqlite3_busy_timeout(db->handle, (int)timeout_ms);
     if (result == SQLITE_OK)
         result = sqlite3_create_function_v2(db->handle, "extract_fold", 1,
                                             SQLITE_UTF8 | SQLITE_DETERMINISTIC | SQLITE_DIRECTONLY,
@@ -317,56 +314,105 @@ void sqlite_host_unlock(struct store_sqlite *store)
 
 /* ---- transactions ---- */
 
-int sqlite_lock_mutex(pthread_mutex_t *mutex, int64_t timeout_ms)
+int sqlite_lock_mutex(pthread_mutex_t *mutex, int64_t deadline_ms)
 {
-    struct timespec until;
+    const struct timespec until = {.tv_sec = (time_t)(deadline_ms / 1000),
+                                   .tv_nsec = (long)(deadline_ms % 1000) * 1000000};
 
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec += (time_t)(timeout_ms / 1000);
-    until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000;
-    }
-    return pthread_mutex_timedlock(mutex, &until);
+    TSAN_BEFORE_LOCK(mutex);
+    int error = pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &until);
+    TSAN_AFTER_LOCK(mutex, error == 0);
+    return error;
 }
 
-enum err_code sqlite_begin(struct store_sqlite *store, struct sqlite_tx *tx, struct err *err)
+/* The turn of this thread among those of the process, then of the process on the host. */
+static enum err_code take_turn(struct store_sqlite *store, int64_t deadline_ms, struct err *err)
 {
-    int64_t deadline_ms = clock_monotonic_ms() + store->timeout_ms;
-    int error = sqlite_lock_mutex(&store->writer_mutex, store->timeout_ms);
+    int error = sqlite_lock_mutex(&store->writer_mutex, deadline_ms);
+    enum err_code code = ERR_NONE;
 
     if (error != 0)
         return err_set(err, ERR_STORE_UNAVAILABLE, "embedded store: no turn to write: %s",
                        strerror(error));
-    if (sqlite_host_lock(store, deadline_ms, err) != ERR_NONE)
-        goto unlock_mutex;
-    int64_t left_ms = deadline_ms - clock_monotonic_ms();
-    sqlite3_busy_timeout(store->writer.handle, left_ms > 1 ? (int)left_ms : 1);
-    if (sqlite_exec(&store->writer, "BEGIN IMMEDIATE", err) != ERR_NONE)
-        goto unlock_host;
+    code = sqlite_host_lock(store, deadline_ms, err);
+    if (code != ERR_NONE)
+        pthread_mutex_unlock(&store->writer_mutex);
+    return code;
+}
+
+static void end_turn(struct store_sqlite *store)
+{
+    sqlite_host_unlock(store);
+    pthread_mutex_unlock(&store->writer_mutex);
+}
+
+static void roll_back(struct sqlite_db *db)
+{
+    if (sqlite3_get_autocommit(db->handle) == 0)
+        sqlite3_exec(db->handle, "ROLLBACK", NULL, NULL, NULL); /* why is said already */
+}
+
+static enum err_code begin_until(struct store_sqlite *store, int64_t deadline_ms, struct err *err)
+{
+    enum err_code code = take_turn(store, deadline_ms, err);
+
+    if (code != ERR_NONE)
+        return code;
+    code = sqlite_follow(store, deadline_ms, err);
+    if (code == ERR_NONE) {
+        int64_t left_ms = deadline_ms - clock_monotonic_ms();
+        sqlite3_busy_timeout(store->writer.handle, left_ms > 1 ? (int)left_ms : 1);
+        code = sqlite_exec(&store->writer, "BEGIN IMMEDIATE", err);
+    }
+    if (code != ERR_NONE)
+        end_turn(store);
+    return code;
+}
+
+enum err_code sqlite_begin(struct store_sqlite *store, struct sqlite_tx *tx, struct err *err)
+{
+    enum err_code code = begin_until(store, clock_monotonic_ms() + store->timeout_ms, err);
+
+    if (code != ERR_NONE)
+        return code;
     tx->db = &store->writer;
     tx->now_ms = clock_wall_ms();
     clock_format(tx->now_ms, tx->now);
     return ERR_NONE;
-
-unlock_host:
-    sqlite_host_unlock(store);
-unlock_mutex:
-    pthread_mutex_unlock(&store->writer_mutex);
-    return err->code;
 }
 
 enum err_code sqlite_end(struct store_sqlite *store, enum err_code code, struct err *err)
 {
-    struct sqlite_db *db = &store->writer;
-
     if (code == ERR_NONE)
-        code = sqlite_exec(db, "COMMIT", err);
-    if (code != ERR_NONE && sqlite3_get_autocommit(db->handle) == 0)
-        sqlite3_exec(db->handle, "ROLLBACK", NULL, NULL, NULL); /* err says why already */
-    sqlite_host_unlock(store);
-    pthread_mutex_unlock(&store->writer_mutex);
+        code = sqlite_exec(&store->writer, "COMMIT", err);
+    if (code == ERR_NONE)
+        atomic_store(&store->written_ms, clock_monotonic_ms());
+    else
+        roll_back(&store->writer);
+    end_turn(store);
+    return code;
+}
+
+enum err_code sqlite_try_write(struct store_sqlite *store, int64_t deadline_ms, struct err *err)
+{
+    enum err_code code = begin_until(store, deadline_ms, err);
+
+    if (code != ERR_NONE)
+        return code;
+    roll_back(&store->writer);
+    end_turn(store);
+    return ERR_NONE;
+}
+
+enum err_code sqlite_follow_now(struct store_sqlite *store, struct err *err)
+{
+    int64_t deadline_ms = clock_monotonic_ms() + store->timeout_ms;
+    enum err_code code = take_turn(store, deadline_ms, err);
+
+    if (code != ERR_NONE)
+        return code;
+    code = sqlite_follow(store, deadline_ms, err);
+    end_turn(store);
     return code;
 }
 

@@ -19,23 +19,42 @@ static int past_deadline(void *context)
     return clock_monotonic_ms() >= reader->deadline_ms;
 }
 
+/* One that is free, or the first as soon as it is. NULL: err says why. */
+static struct sqlite_reader *lock_reader(struct store_sqlite *store, struct err *err)
+{
+    int64_t deadline_ms = clock_monotonic_ms() + store->timeout_ms;
+
+    for (int i = 0; i < SQLITE_READERS; i++)
+        if (pthread_mutex_trylock(&store->readers[i].mutex) == 0)
+            return &store->readers[i];
+    if (sqlite_lock_mutex(&store->readers[0].mutex, deadline_ms) == 0)
+        return &store->readers[0];
+    err_set(err, ERR_STORE_UNAVAILABLE, "embedded store: all readers are busy");
+    return NULL;
+}
+
 enum err_code sqlite_reader_take(struct store_sqlite *store, struct sqlite_reader **reader,
                                  struct err *err)
 {
-    struct sqlite_reader *taken = NULL;
-
-    for (int i = 0; i < SQLITE_READERS && taken == NULL; i++)
-        if (pthread_mutex_trylock(&store->readers[i].mutex) == 0)
-            taken = &store->readers[i];
-    if (taken == NULL) {
-        if (sqlite_lock_mutex(&store->readers[0].mutex, store->timeout_ms) != 0)
-            return err_set(err, ERR_STORE_UNAVAILABLE, "embedded store: all readers are busy");
-        taken = &store->readers[0];
+    for (int tries = 0; tries < 2; tries++) {
+        struct sqlite_file file;
+        if (sqlite_file_at(store->path, &file, err) != ERR_NONE)
+            return ERR_STORE_UNAVAILABLE;
+        struct sqlite_reader *taken = lock_reader(store, err);
+        if (taken == NULL)
+            return ERR_STORE_UNAVAILABLE;
+        if (sqlite_same_file(file, taken->db.file)) {
+            taken->deadline_ms = clock_monotonic_ms() + store->timeout_ms;
+            sqlite3_progress_handler(taken->db.handle, STEPS_BETWEEN_LOOKS, past_deadline, taken);
+            *reader = taken;
+            return ERR_NONE;
+        }
+        sqlite_reader_give(taken); /* following takes all readers */
+        enum err_code code = sqlite_follow_now(store, err);
+        if (code != ERR_NONE)
+            return code;
     }
-    taken->deadline_ms = clock_monotonic_ms() + store->timeout_ms;
-    sqlite3_progress_handler(taken->db.handle, STEPS_BETWEEN_LOOKS, past_deadline, taken);
-    *reader = taken;
-    return ERR_NONE;
+    return err_set(err, ERR_STORE_UNAVAILABLE, "embedded store: the file is being replaced");
 }
 
 void sqlite_reader_give(struct sqlite_reader *reader)

@@ -41,7 +41,8 @@ enum err_code outbox_status(struct outbox *outbox, struct store_outbox_status *s
                             struct err *err) MUST_CHECK;
 
 /* How entries are replayed: settle and reserve return the store's verdict on one. ERR_BAD_VALUE
- * kills the entry, any other error ends the drain; so does go_on (may be NULL) when it says false.
+ * kills the entry, as the 20th ERR_INTERNAL in one process does; any other error ends the drain, as
+ * go_on (may be NULL) does when it says false.
  * What entries say in milliseconds from now (cooldown, expiry) is shortened by the time they waited;
  * a reservation keeps at least a minute, in which its settlement, which stands behind it, follows. */
 struct outbox_replay {

@@ -43,7 +43,7 @@ void store_close(struct store *store);
 /* Creates or upgrades the schema, whatever auto_create says. *version becomes the schema's version. */
 enum err_code store_migrate(const struct config *config, int *version, struct err *err) MUST_CHECK;
 
-/* Is the store reachable now? */
+/* Can the store be read and written now? Waits at most a second for its turn to write. */
 enum err_code store_ping(struct store *store, struct err *err) MUST_CHECK;
 
 /* ---- acquire and settle: the two round trips of a request ---- */

@@ -1,6 +1,7 @@
 /* store_sqlite.h - the inside of the embedded store, for its own files (store_sqlite*.c) only.
  *
  *   store_sqlite.c          open, schema, log entries; the driver's table of functions
+ *   store_sqlite_file.c     the files; following when somebody replaces the database
  *   store_sqlite_db.c       connections, statements, errors, the writers' queue, transactions
  *   store_sqlite_rows.c     rows that several operations write
  *   store_sqlite_acquire.c  choosing and reserving a token
@@ -15,6 +16,8 @@
 
 #include <pthread.h>
 #include <sqlite3.h>
+#include <stdatomic.h>
+#include <sys/types.h>
 
 #include "store_driver.h"
 
@@ -40,9 +43,16 @@
     " + (SELECT IFNULL(SUM(m.TotalTokensUsed), 0) FROM TokenUsageMonthly m" \
     "    WHERE IFNULL(m.TokenID, 0) = t.TokenID))"
 
+/* Which file it is, whatever its name. All 0: none. */
+struct sqlite_file {
+    dev_t device;
+    ino_t inode;
+};
+
 /* A connection with its prepared statements. Used by one thread at a time. */
 struct sqlite_db {
-    sqlite3 *handle;
+    sqlite3 *handle; /* NULL: not connected */
+    struct sqlite_file file;
     struct {
         const char *sql; /* compared by address: statements are constants */
         sqlite3_stmt *statement;
@@ -59,9 +69,12 @@ struct sqlite_reader {
 struct store_sqlite {
     int64_t timeout_ms;
     int version;
-    int lock_fd; /* the writers of this host queue on its flock */
-    pthread_mutex_t writer_mutex;
+    char *path;
+    int lock_fd;                  /* the writers of this host queue on its flock */
+    _Atomic int64_t written_ms;   /* monotonic; the last commit; 0: none */
+    pthread_mutex_t writer_mutex; /* before those of readers */
     struct sqlite_db writer;
+    struct sqlite_file log, log_index; /* the writer's -wal and -shm */
     struct sqlite_reader readers[SQLITE_READERS];
     int readers_open;
 };
@@ -73,13 +86,37 @@ struct sqlite_tx {
     char now[CLOCK_TEXT_SIZE];
 };
 
-/* ---- store_sqlite_db.c ---- */
+/* ---- store_sqlite_file.c ---- */
 
 /* Creates the file, for its owner only, where it is missing. */
 enum err_code sqlite_create_file(const char *path, struct err *err) MUST_CHECK;
-/* Opens a connection; the SQL function extract_fold(text) folds case for comparison (text_fold). */
-enum err_code sqlite_connect(struct sqlite_db *db, const char *path, int64_t timeout_ms,
+/* Is the directory that is to hold the file there? Else ERR_STORE_UNAVAILABLE, naming it. */
+enum err_code sqlite_check_directory(const char *path, struct err *err) MUST_CHECK;
+/* Which file has that name now? None: ERR_STORE_UNAVAILABLE. */
+enum err_code sqlite_file_at(const char *path, struct sqlite_file *file,
                              struct err *err) MUST_CHECK;
+bool sqlite_same_file(struct sqlite_file a, struct sqlite_file b);
+/* Remembers which log and log index belong to the writer's file; it must have read something. */
+void sqlite_remember_log(struct store_sqlite *store);
+/* Opens the connections anew where another file has the database's name now. The caller has the
+ * writers' mutex and the host's lock. ERR_STORE_UNAVAILABLE: there is no file, or no store in it. */
+enum err_code sqlite_follow(struct store_sqlite *store, int64_t deadline_ms,
+                            struct err *err) MUST_CHECK;
+
+/* ---- store_sqlite.c ---- */
+
+/* Has the writer's database a schema that this program works with, and a log? Sets none up. */
+enum err_code sqlite_check_schema(struct store_sqlite *store, int64_t deadline_ms,
+                                  struct err *err) MUST_CHECK;
+enum err_code sqlite_connect_reader(struct store_sqlite *store, struct sqlite_db *db,
+                                    struct err *err) MUST_CHECK;
+
+/* ---- store_sqlite_db.c ---- */
+
+/* Opens a connection to the file, as long as it has that path; the caller disconnects also after an
+ * error. The SQL function extract_fold(text) folds case for comparison (text_fold). */
+enum err_code sqlite_connect(struct sqlite_db *db, const char *path, struct sqlite_file file,
+                             int64_t timeout_ms, struct err *err) MUST_CHECK;
 void sqlite_disconnect(struct sqlite_db *db);
 
 /* Maps SQLite's result code to ours, with a message that holds no data. */
@@ -122,8 +159,8 @@ enum err_code sqlite_run(struct sqlite_db *db, int *changed, struct err *err, co
 #define SQLITE_RUN(db, changed, err, sql, ...) \
     sqlite_run((db), (changed), (err), (sql), SQLITE_PARAMS(__VA_ARGS__))
 
-/* Takes the mutex; returns ETIMEDOUT after timeout_ms. */
-int sqlite_lock_mutex(pthread_mutex_t *mutex, int64_t timeout_ms) MUST_CHECK;
+/* Takes the mutex; returns ETIMEDOUT at deadline_ms (monotonic). */
+int sqlite_lock_mutex(pthread_mutex_t *mutex, int64_t deadline_ms) MUST_CHECK;
 /* Waits, at most until deadline_ms, for the turn among the host's writers. */
 enum err_code sqlite_host_lock(struct store_sqlite *store, int64_t deadline_ms,
                                struct err *err) MUST_CHECK;
@@ -135,6 +172,11 @@ enum err_code sqlite_begin(struct store_sqlite *store, struct sqlite_tx *tx,
 /* Commits when code is ERR_NONE, else rolls back. Returns code, or why the commit failed. */
 enum err_code sqlite_end(struct store_sqlite *store, enum err_code code,
                          struct err *err) MUST_CHECK;
+/* Begins a write transaction and rolls it back. */
+enum err_code sqlite_try_write(struct store_sqlite *store, int64_t deadline_ms,
+                               struct err *err) MUST_CHECK;
+/* sqlite_follow for those who are not about to write, and have no reader. */
+enum err_code sqlite_follow_now(struct store_sqlite *store, struct err *err) MUST_CHECK;
 /* One item of a batch: what happens between mark and keep is undone by undo, the rest stays. */
 enum err_code sqlite_mark(struct sqlite_tx *tx, struct err *err) MUST_CHECK;
 enum err_code sqlite_keep(struct sqlite_tx *tx, struct err *err) MUST_CHECK;
@@ -203,7 +245,7 @@ enum err_code sqlite_query(void *self, enum store_view view, const struct store_
 
 /* ---- store_sqlite_query.c: reading ---- */
 
-/* A reader for the calling thread; sqlite_reader_give returns it. */
+/* A reader for the calling thread, of the file that is there now; sqlite_reader_give returns it. */
 enum err_code sqlite_reader_take(struct store_sqlite *store, struct sqlite_reader **reader,
                                  struct err *err) MUST_CHECK;
 void sqlite_reader_give(struct sqlite_reader *reader);

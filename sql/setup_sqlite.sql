@@ -90,6 +90,34 @@ CREATE TABLE IF NOT EXISTS TokenUsageSummary (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS UX_TokenUsageSummary_TokenID ON TokenUsageSummary (TokenID);
 
+-- What remains follows the limit, whoever changes it; and raising it (or taking it away) makes an
+-- Exceeded token with room again Active. `extractctl token set-limit` does this, and more: it also
+-- looks at the threshold, and keeps a record in AuditLog.
+DROP TRIGGER IF EXISTS TR_TokenMaster_TotalTokenLimit;
+CREATE TRIGGER TR_TokenMaster_TotalTokenLimit
+AFTER UPDATE OF TotalTokenLimit ON TokenMaster
+WHEN NEW.TotalTokenLimit IS NOT OLD.TotalTokenLimit
+BEGIN
+    UPDATE TokenUsageSummary
+    SET TotalRemainingTokens = NEW.TotalTokenLimit - TotalUsedTokens
+    WHERE TokenID = NEW.TokenID;
+
+    UPDATE TokenMaster
+    SET Status = 'Active',
+        StatusReason = NULL
+    WHERE TokenID = NEW.TokenID
+      AND Status = 'Exceeded'
+      AND (NEW.TotalTokenLimit IS NULL
+           OR (NEW.TotalTokenLimit > OLD.TotalTokenLimit
+               AND NEW.TotalTokenLimit >
+                   IFNULL((SELECT s.TotalUsedTokens FROM TokenUsageSummary s
+                           WHERE s.TokenID = NEW.TokenID),
+                          (SELECT IFNULL(SUM(u.TotalTokensUsed), 0) FROM TokenUsageLogs u
+                           WHERE u.TokenID = NEW.TokenID)
+                          + (SELECT IFNULL(SUM(m.TotalTokensUsed), 0) FROM TokenUsageMonthly m
+                             WHERE IFNULL(m.TokenID, 0) = NEW.TokenID))));
+END;
+
 -- What retention has taken out of TokenUsageLogs, summed by token, company and month ('2026-11').
 CREATE TABLE IF NOT EXISTS TokenUsageMonthly (
     MonthlyID            INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -298,7 +326,7 @@ ORDER BY r.ReservationID DESC;
 
 -- Never takes a newer version down.
 INSERT INTO SchemaVersion (SchemaVersionID, Version, Major)
-VALUES (1, 1, 1)
+VALUES (1, 2, 1)
 ON CONFLICT (SchemaVersionID) DO UPDATE
     SET Version = excluded.Version,
         Major = excluded.Major,

@@ -3,19 +3,23 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
+import sqlite3
+import subprocess
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from broken import DAMAGED, DEEP, FINE, FOREIGN
-from conftest import PROBLEMS, ROOT, UUID_V7, Answer, Emulator, Stack, eventually, form, refused
+from conftest import (BUILD, PATIENCE, PROBLEMS, ROOT, UUID_V7, Answer, Emulator, Stack, eventually, form, refused,
+                      start_refused)
 from gemini_answer import invoice_for, usage_for
 from gemini_request import InlineFile
 
@@ -751,3 +755,108 @@ def test_no_secrets_in_answers(stack: Stack, emulator: Emulator, company: str, p
         text = str(answer.headers) + answer.body.decode()
         for secret in (key, key[6:20], str(stack.dir), "SELECT", "TokenMaster", "/etc", ".c:", "sqlite", "store.db"):
             assert secret not in text, text
+
+
+# ---- what a DBA does by hand ----
+
+
+def test_readyz_while_nobody_can_write(make_stack: Callable[..., Stack]) -> None:
+    """A store that can be read but not written serves nobody."""
+    stack = make_stack(env={"EXTRACT_STORE_QUERY_TIMEOUT": "200ms"})
+    stack.allowed_stderr = [r" (INFO|WARNING|ERROR) "]
+    with closing(sqlite3.connect(stack.dir / "store.db", timeout=PATIENCE, isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        time.sleep(1.2)  # what was written in the last second counts
+        refused(stack.get("/readyz"), "store_unavailable")
+        db.execute("ROLLBACK")
+    assert stack.get("/readyz").json()["store"] == "reachable"
+
+
+@pytest.mark.parametrize("around", ["{}\n", "{}\r\n", " \t{} \r\n\x01"], ids=ascii)
+def test_pasted_key(stack: Stack, emulator: Emulator, company: str, pdf: bytes, around: str) -> None:
+    """What clings to a key that was pasted into an INSERT does not go to Gemini."""
+    key = new_key()
+    stack.sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES (?, ?)", company, around.format(key))
+    assert stack.post(pdf, company).status == 200
+    assert [call["key"] for call in emulator.log()] == [key]
+
+
+@pytest.mark.parametrize("key", ["", "\r\n", "two words", "schlüssel", "first\nsecond"], ids=ascii)
+def test_unusable_key(stack: Stack, emulator: Emulator, company: str, pdf: bytes, key: str) -> None:
+    stack.sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES (?, ?)", company, key)
+    refused(stack.post(pdf, company), "token_unavailable")
+    assert emulator.log() == []
+
+
+def test_limit_raised_by_hand(stack: Stack, company: str, pdf: bytes) -> None:
+    token = stack.token(company, new_key(), "--limit", "10")
+    assert stack.post(pdf, company).status == 200
+    refused(stack.post(pdf, company), "token_unavailable")
+    stack.sql("UPDATE TokenMaster SET TotalTokenLimit = 1000000 WHERE TokenID = ?", token)
+    assert stack.sql("SELECT Status, StatusReason FROM TokenMaster WHERE TokenID = ?", token) == [
+        {"Status": "Active", "StatusReason": None}]
+    stack.balanced()
+    assert stack.post(pdf, company).status == 200
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["replaced", "moved away first"])
+def test_store_is_replaced(make_stack: Callable[..., Stack], emulator: Emulator, pdf: bytes, away: bool) -> None:
+    """mv backup.db store.db while the pool runs: all processes go on with the backup, and it stays whole."""
+    stack = make_stack(processes=3)
+    stack.allowed_stderr = [r" WARNING .* the file of the embedded store was replaced"]  # said by the recorder itself
+    stack.token(key="key-before")
+    backup = stack.dir / "backup.db"
+    stack.sql(f"VACUUM INTO '{backup}'")
+    with closing(sqlite3.connect(backup, isolation_level=None)) as db:
+        db.execute("UPDATE TokenMaster SET ApiKey = 'key-of-the-backup'")
+    before = [stack.post(pdf) for _ in range(6)]
+    if away:
+        (stack.dir / "store.db").rename(stack.dir / "old.db")
+    backup.rename(stack.dir / "store.db")
+    # Nobody else opens the new file yet: the old one's log still lies beside it.
+    eventually(lambda: stack.post(pdf).status == 200)
+    for _ in range(20):
+        assert stack.get("/readyz").json()["store"] == "reachable"
+        assert stack.post(pdf).status == 200
+    called = [call["key"] for call in emulator.log()]
+    assert called == ["key-before"] * 6 + ["key-of-the-backup"] * (len(called) - 6)
+    assert stack.sql("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+    assert len(stack.sql("SELECT * FROM TokenUsageLogs")) == len(called) - 6
+    stack.balanced()
+    if away:  # what was used before is not lost
+        with closing(sqlite3.connect(stack.dir / "old.db")) as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert {row[0] for row in db.execute("SELECT RequestID FROM TokenUsageLogs")} == {
+                answer.json()["request_id"] for answer in before}
+
+
+def test_store_is_removed(make_stack: Callable[..., Stack], pdf: bytes) -> None:
+    """Nobody makes an empty store where one was; when the file is back, all is well."""
+    stack = make_stack()
+    stack.allowed_stderr = [r" (INFO|WARNING|ERROR) "]
+    stack.token()
+    assert stack.post(pdf).status == 200
+    (stack.dir / "store.db").rename(stack.dir / "elsewhere.db")
+    refused(stack.post(pdf), "store_unavailable")
+    refused(stack.get("/readyz"), "store_unavailable")
+    assert not (stack.dir / "store.db").exists()
+    (stack.dir / "elsewhere.db").rename(stack.dir / "store.db")
+    assert stack.post(pdf).status == 200
+    assert stack.get("/readyz").json()["store"] == "reachable"
+    assert stack.sql("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+    stack.balanced()
+
+
+def test_store_in_a_missing_directory(tmp_path: Path, emulator: Emulator) -> None:
+    """`extractctl migrate` could not help, and is not named."""
+    missing = tmp_path / "missing"
+    for command in (["check"], ["token", "list"], ["migrate"]):
+        done = subprocess.run([str(BUILD / "extractctl"), *command], capture_output=True, text=True, timeout=PATIENCE,
+                              env=os.environ | {"EXTRACT_STORE_PATH": str(missing / "store.db"),
+                                                "EXTRACT_SERVER_STATE_DIR": str(tmp_path),
+                                                "EXTRACT_SERVER_RUNTIME_DIR": str(tmp_path),
+                                                "EXTRACT_GEMINI_BASE_URL": emulator.url})
+        said = done.stdout + done.stderr
+        assert done.returncode == 3, said
+        assert f"the directory {missing} is missing" in said and "migrate" not in said
+    assert f"the directory {missing} is missing" in start_refused(tmp_path, EXTRACT_STORE_PATH=str(missing / "store.db"))

@@ -395,3 +395,41 @@ def test_outage_in_mid_request(fallback: Callable[..., Stack], emulator: Emulato
     assert sorted((row["TokenID"] or 0, row["State"]) for row in of(stack, "TokenReservations", answer)) == [
         (0, "settled"), (token, "released")]
     assert stack.sql("SELECT CooldownUntil FROM TokenMaster WHERE TokenID = ?", token)[0]["CooldownUntil"] is not None
+
+
+def test_damaged_store(fallback: Callable[..., Stack], emulator: Emulator, pdf: bytes) -> None:
+    """A file that is no database any more is a store that is away: served by the fallback key, and nothing is lost."""
+    stack = fallback()
+    stack.token(key="key-1")
+    assert stack.post(pdf).status == 200
+    store, good = stack.dir / "store.db", stack.dir / "good.db"
+    store.rename(good)
+    (stack.dir / "garbage.db").write_bytes(b"no database" * 1000)
+    (stack.dir / "garbage.db").rename(store)
+    answer = stack.post(pdf)
+    assert answer.status == 200, answer.body
+    assert keys(emulator) == ["key-1", KEY]
+    assert stack.get("/readyz").json()["store"] == "unreachable"
+    assert store.read_bytes() == b"no database" * 1000
+    good.rename(store)
+    drained(stack)
+    assert [row["TokenSource"] for row in of(stack, "TokenUsageLogs", answer)] == ["fallback"]
+    assert stack.post(pdf).status == 200
+    assert keys(emulator) == ["key-1", KEY, "key-1"]
+    assert stack.get("/readyz").json()["outbox"]["dead"] == 0
+    stack.balanced()
+
+
+def test_trouble_that_is_not_the_data(fallback: Callable[..., Stack], pdf: bytes) -> None:
+    """A trigger of a DBA's that fails: the settlement waits until it's gone, and is not taken for refused."""
+    stack = fallback()
+    stack.token()
+    stack.sql("CREATE TRIGGER broken AFTER INSERT ON TokenUsageLogs BEGIN SELECT ABS(-9223372036854775807 - 1); END")
+    answer = stack.post(pdf)
+    assert answer.status == 200, answer.body
+    assert [(e["Kind"], e["RequestID"]) for e in outbox(stack)] == [("settlement", request_id(answer))]
+    assert stack.get("/readyz").json()["outbox"]["dead"] == 0
+    stack.sql("DROP TRIGGER broken")
+    drained(stack)
+    assert len(of(stack, "TokenUsageLogs", answer)) == 1
+    stack.balanced()

@@ -75,7 +75,7 @@ def test_three_processes_start_at_once_on_a_missing_store(make_stack: Callable[.
     for _ in range(3):
         started = stack.rows("SELECT Message FROM ApplicationLogs WHERE Message LIKE 'started: %'", count=3)
         assert sorted(int(row["Message"].split("pid=")[1].split()[0]) for row in started) == sorted(stack.pids())
-        assert stack.sql("SELECT Version FROM SchemaVersion") == [{"Version": 1}]
+        assert stack.sql("SELECT Version FROM SchemaVersion") == [{"Version": 2}]
         assert stack.sql("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
         stack.token()
         assert stack.post(pdf).status == 200

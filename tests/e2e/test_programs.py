@@ -352,8 +352,8 @@ def test_migrate(tmp_path: Path) -> None:
     assert refused.returncode == 3 and "extractctl migrate" in refused.stderr
     for _ in range(2):
         done = run(CTL, "migrate", "--json", env=env)
-        assert (done.returncode, json.loads(done.stdout)) == (0, [{"SchemaVersion": 1}])
-    assert re.fullmatch(r"SchemaVersion\s*\n\s*1\s*\n", run(CTL, "migrate", env=env).stdout)
+        assert (done.returncode, json.loads(done.stdout)) == (0, [{"SchemaVersion": 2}])
+    assert re.fullmatch(r"SchemaVersion\s*\n\s*2\s*\n", run(CTL, "migrate", env=env).stdout)
     assert (tmp_path / "store.db").stat().st_mode & 0o777 == 0o600
     listed = run(CTL, "token", "list", "--json", env=env)
     assert (listed.returncode, json.loads(listed.stdout)) == (0, [])
@@ -606,7 +606,7 @@ def test_check(make_stack: Callable[..., Stack], pdf: bytes) -> None:
     ({"EXTRACT_GEMINI_BASE_URL": "http://127.0.0.1:1"}, "Gemini", 1),
     ({"EXTRACT_SERVER_STATE_DIR": "/nonexistent"}, "state_dir", 1),
     ({"EXTRACT_SERVER_RUNTIME_DIR": "/nonexistent"}, "runtime_dir", 1),
-    ({"EXTRACT_STORE_PATH": "/nonexistent/store.db"}, "store schema", 1),
+    ({"EXTRACT_STORE_PATH": "/nonexistent/store.db"}, "store", 3),
     ({"EXTRACT_STORE_PATH": "{text}"}, "store", 3),
     ({"EXTRACT_NONSENSE": "1"}, "configuration", 1),
 ], ids=lambda value: value if isinstance(value, str) else "")

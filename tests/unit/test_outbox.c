@@ -62,6 +62,16 @@ static struct outbox *open_outbox(void)
     return outbox;
 }
 
+/* Log entries, counted by level. */
+static atomic_int logged[LOG_CRITICAL + 1];
+
+static void count_entry(struct log_entry *take_entry, void *context)
+{
+    (void)context;
+    atomic_fetch_add(&logged[take_entry->level], 1);
+    free(take_entry);
+}
+
 /* Text may be set in a test; nothing writes through it. */
 static struct store_settlement a_settlement(const char *request_id)
 {
@@ -473,6 +483,55 @@ static void test_refused_entry_dies(void **state)
     outbox_close(outbox);
 }
 
+/* Nobody's data, and yet it never gets through: it must not hold up the others for ever. */
+static void test_internal_errors_kill_in_the_end(void **state)
+{
+    int64_t replayed = 0;
+    (void)state;
+
+    taken_reset();
+    log_set_sink(count_entry, NULL);
+    atomic_store(&logged[LOG_CRITICAL], 0);
+    struct outbox *outbox = open_outbox();
+    append(outbox, "r1");
+    append(outbox, "r2");
+    taken.fails = "r1";
+    taken.verdict = ERR_STORE_UNAVAILABLE; /* however long: that is no fault of the entry */
+    for (int i = 0; i < 50; i++)
+        assert_int_equal(drain(outbox, &replayed), ERR_STORE_UNAVAILABLE);
+    taken.verdict = ERR_INTERNAL;
+    for (int i = 0; i < 19; i++) {
+        assert_int_equal(drain(outbox, &replayed), ERR_INTERNAL);
+        assert_int_equal(replayed, 0);
+        assert_int_equal(status_of(outbox).dead, 0);
+    }
+    assert_int_equal(atomic_load(&logged[LOG_CRITICAL]), 0);
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    assert_int_equal(replayed, 1); /* r2 */
+    assert_int_equal(status_of(outbox).waiting, 0);
+    assert_int_equal(status_of(outbox).dead, 1);
+    assert_int_equal(atomic_load(&logged[LOG_CRITICAL]), 1);
+    assert_string_equal(sql("SELECT LastError || Attempts FROM OutboxDead"), "verdict on r170");
+
+    /* each entry has its own count; other codes wait for ever */
+    append(outbox, "r3");
+    taken.fails = "r3";
+    for (int i = 0; i < 19; i++)
+        assert_int_equal(drain(outbox, &replayed), ERR_INTERNAL);
+    taken.fails = NULL;
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    append(outbox, "r4");
+    taken.fails = "r4";
+    assert_int_equal(drain(outbox, &replayed), ERR_INTERNAL);
+    taken.verdict = ERR_SCHEMA;
+    for (int i = 0; i < 50; i++)
+        assert_int_equal(drain(outbox, &replayed), ERR_SCHEMA);
+    assert_int_equal(status_of(outbox).waiting, 1);
+    assert_int_equal(status_of(outbox).dead, 1);
+    outbox_close(outbox);
+    log_set_sink(NULL, NULL);
+}
+
 static void test_one_drainer_at_a_time(void **state)
 {
     int64_t replayed = 0;
@@ -734,16 +793,6 @@ static struct store *open_store(char *state_dir)
     return store;
 }
 
-/* Log entries, counted by level. */
-static atomic_int logged[LOG_CRITICAL + 1];
-
-static void count_entry(struct log_entry *take_entry, void *context)
-{
-    (void)context;
-    atomic_fetch_add(&logged[take_entry->level], 1);
-    free(take_entry);
-}
-
 static int set_up_store(void **state)
 {
     pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -822,13 +871,15 @@ static void test_unknown_outcome_is_repeated_once(void **state)
 
 static void test_store_away_goes_to_the_outbox(void **state)
 {
-    static const enum err_code codes[] = {ERR_STORE_UNAVAILABLE, ERR_STORAGE_FULL, ERR_SCHEMA};
+    static const enum err_code codes[] = {ERR_STORE_UNAVAILABLE, ERR_STORAGE_FULL, ERR_INTERNAL,
+                                          ERR_CONFIG, ERR_SCHEMA};
+    enum { CODES = sizeof codes / sizeof codes[0] };
     struct store_settlement s[2] = {a_settlement("r1"), a_settlement("r2")};
     int64_t replayed = 0;
     (void)state;
 
     struct store *store = open_store(directory);
-    for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
+    for (size_t i = 0; i < CODES; i++) {
         far.settle_fails = codes[i];
         far.settle_fails_times = -1;
         assert_int_equal(settle(store, s, 2), ERR_NONE);
@@ -836,15 +887,16 @@ static void test_store_away_goes_to_the_outbox(void **state)
         assert_int_equal(store_status(store).waiting, 2 * (i + 1));
     }
     assert_int_equal(store_status(store).dead, 0);
-    assert_int_equal(atomic_load(&logged[LOG_WARNING]), 6);
+    assert_int_equal(atomic_load(&logged[LOG_WARNING]), 2 * CODES);
+    assert_int_equal(atomic_load(&logged[LOG_CRITICAL]), 0);
     assert_int_equal(store_outbox_drain(store, &replayed, NULL), ERR_SCHEMA);
     assert_int_equal(replayed, 0);
     far.settle_fails = ERR_NONE;
     far.crosses = true; /* nobody but the store can say so now */
     assert_int_equal(store_outbox_drain(store, &replayed, NULL), ERR_NONE);
-    assert_int_equal(replayed, 6);
-    assert_int_equal(far.settled, 6);
-    assert_int_equal(atomic_load(&logged[LOG_WARNING]), 12);
+    assert_int_equal(replayed, 2 * CODES);
+    assert_int_equal(far.settled, 2 * CODES);
+    assert_int_equal(atomic_load(&logged[LOG_WARNING]), 4 * CODES);
     store_close(store);
 }
 
@@ -876,13 +928,21 @@ static void test_refused_settlement_is_dead(void **state)
     assert_int_equal(store_status(store).waiting, 0);
     assert_int_equal(atomic_load(&logged[LOG_CRITICAL]), 1);
     assert_string_equal(sql("SELECT LastError FROM OutboxDead"), "a bad row");
-    /* One that fails its neighbours fails alone after all. */
+    /* One that fails its neighbours fails alone after all; whether it's the data, who knows. */
     far.refuses_all = true;
     far.settle_calls = far.settled = 0;
     assert_int_equal(settle(store, s, 3), ERR_NONE);
     assert_int_equal(far.settle_calls, 4);
     assert_int_equal(far.settled, 2);
+    assert_int_equal(store_status(store).dead, 1);
+    assert_int_equal(store_status(store).waiting, 1);
+    assert_int_equal(atomic_load(&logged[LOG_CRITICAL]), 1);
+    int64_t replayed = 0;
+    for (int i = 0; i < 19; i++)
+        assert_int_equal(store_outbox_drain(store, &replayed, NULL), ERR_INTERNAL);
+    assert_int_equal(store_outbox_drain(store, &replayed, NULL), ERR_NONE);
     assert_int_equal(store_status(store).dead, 2);
+    assert_int_equal(store_status(store).waiting, 0);
     assert_int_equal(atomic_load(&logged[LOG_CRITICAL]), 2);
     store_close(store);
 }
@@ -1063,6 +1123,7 @@ int main(void)
         ALONE(test_killed_drainer_holds_nothing_up),
         ALONE(test_order_and_failure),
         ALONE(test_refused_entry_dies),
+        ALONE(test_internal_errors_kill_in_the_end),
         ALONE(test_one_drainer_at_a_time),
         ALONE(test_drain_can_be_told_to_stop),
         ALONE(test_what_waited_is_shortened),

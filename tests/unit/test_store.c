@@ -15,6 +15,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sqlite3.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -127,6 +128,13 @@ static const struct backend {
 
 static void *store;
 static const struct store_driver *driver;
+
+/* What the store logs (that it follows a file): no part of these tests. */
+static void drop_entry(struct log_entry *take_entry, void *context)
+{
+    (void)context;
+    free(take_entry);
+}
 
 static int setup(void **state)
 {
@@ -362,6 +370,48 @@ static void knows_rows_written_by_hand(void **state)
 
     sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Status) VALUES ('Odd', '', 'Active')");
     assert_int_equal(GRANT_UNAVAILABLE, acquire_new("Odd", &a));
+}
+
+/* Pasted through plain SQL, with what clings to a key in a clipboard. */
+static void a_pasted_key_is_trimmed(void **state)
+{
+    (void)state;
+    static const char *const unusable[] = {
+        "", " ", "\r\n", "two words", "two\nlines", "schl\xC3\xBCssel", "key\x7Fkey", "\x01",
+    };
+    static const char *const pasted[] = {
+        "AIza-pasted\n",
+        "AIza-pasted\r\n",
+        " AIza-pasted",
+        "\t\nAIza-pasted \x01\x7F",
+    };
+    struct store_acquire a;
+    sql("INSERT INTO TokenMaster (TokenID, CompanyID, ApiKey) VALUES (1, 'NT047', '')");
+    for (size_t i = 0; i < sizeof pasted / sizeof pasted[0]; i++) {
+        sql("UPDATE TokenMaster SET ApiKey = '%s' WHERE TokenID = 1", pasted[i]);
+        assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+        assert_string_equal("AIza-pasted", a.api_key);
+        assert_int_equal(GRANT_TOKEN, acquire(&a)); /* the repeat of a lost answer */
+        assert_string_equal("AIza-pasted", a.api_key);
+    }
+    for (size_t i = 0; i < sizeof unusable / sizeof unusable[0]; i++) {
+        sql("UPDATE TokenMaster SET ApiKey = '%s' WHERE TokenID = 1", unusable[i]);
+        assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
+    }
+    sql("UPDATE TokenMaster SET ApiKey = '%01025d'", 7);
+    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
+    sql("UPDATE TokenMaster SET ApiKey = '%01024d\r\n'", 7);
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    assert_int_equal(1024, strlen(a.api_key));
+    /* another that can serve does */
+    sql("UPDATE TokenMaster SET ApiKey = 'two words' WHERE TokenID = 1");
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('NT047', 'the-good-one\n')");
+    for (int i = 0; i < 4; i++) {
+        a.choice = (uint64_t)i;
+        assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+        assert_string_equal("the-good-one", a.api_key);
+    }
+    expect_sums();
 }
 
 static void compares_companies_without_case(void **state)
@@ -1404,6 +1454,70 @@ static void sets_a_limit(void **state)
     expect_sums();
 }
 
+/* By plain SQL as by extractctl. */
+static void a_limit_that_is_raised_by_hand_frees_a_token(void **state)
+{
+    (void)state;
+    static const char look[] =
+        "SELECT t.Status, t.StatusReason, s.TotalUsedTokens, s.TotalRemainingTokens"
+        " FROM TokenMaster t LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID"
+        " WHERE t.TokenID = 1";
+    struct err err = {0};
+    struct store_acquire a;
+    int64_t id = add_token("NT047", 100);
+    struct store_settlement s = a_settlement(ID(1), id, 100);
+    settle(&s);
+    sql("UPDATE TokenMaster SET UpdatedAt = '2026-01-01T00:00:00.000Z'");
+    sql("UPDATE TokenUsageSummary SET LastUpdated = '2026-01-01T00:00:00.000Z'");
+    expect("Exceeded|limit of 100 tokens reached|100|0", look);
+
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 100"); /* nothing new */
+    expect("Exceeded|limit of 100 tokens reached|100|0", look);
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 90"); /* lower */
+    expect("Exceeded|limit of 100 tokens reached|100|-10", look);
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 99"); /* raised, without room */
+    expect("Exceeded|limit of 100 tokens reached|100|-1", look);
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 150");
+    expect("Active|NULL|100|50", look);
+    expect("2026-01-01T00:00:00.000Z|2026-01-01T00:00:00.000Z|1|0",
+           "SELECT t.UpdatedAt, s.LastUpdated, s.ThresholdCrossedAt IS NOT NULL, s.ReservedTokens"
+           " FROM TokenMaster t JOIN TokenUsageSummary s ON s.TokenID = t.TokenID");
+    expect("0", "SELECT COUNT(*) FROM AuditLog WHERE Action = 'token limit changed'");
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    s = a_settlement(a.request_id, id, 50);
+    settle(&s);
+    assert_true(s.exceeded);
+    sql("UPDATE TokenMaster SET TotalTokenLimit = NULL");
+    expect("Active|NULL|150|NULL", look);
+    sql("UPDATE TokenMaster SET Status = 'Exceeded', TotalTokenLimit = 400"); /* that's no raise */
+    expect("Exceeded|NULL|150|250", look);
+    /* other statuses are not about the limit */
+    sql("UPDATE TokenMaster SET Status = 'Disabled', StatusReason = 'lost'");
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 500");
+    expect("Disabled|lost|150|350", look);
+    sql("UPDATE TokenMaster SET Status = 'exceeded', TotalTokenLimit = 600"); /* in one statement */
+    expect("Active|NULL|150|450", look);
+
+    /* without a summary the rows say what was used */
+    sql("DELETE FROM TokenUsageSummary");
+    sql("UPDATE TokenMaster SET Status = 'Exceeded', TotalTokenLimit = 100");
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 150");
+    expect("Exceeded", "SELECT Status FROM TokenMaster");
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 151");
+    expect("Active", "SELECT Status FROM TokenMaster");
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    expect("Active|NULL|150|1", look);
+
+    /* extractctl says in its record that it was so */
+    sql("UPDATE TokenMaster SET Status = 'Exceeded'");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 1000, 0, &err));
+    expect("Active|NULL|150|850", look);
+    expect("limit 1000, now Active", "SELECT Detail FROM AuditLog ORDER BY AuditID DESC LIMIT 1");
+    assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 100, 0, &err));
+    expect("limit 100, now Exceeded", "SELECT Detail FROM AuditLog ORDER BY AuditID DESC LIMIT 1");
+    expect_sums();
+}
+
 /* ---- queries ---- */
 
 /* What a query showed: of each row the columns asked for, "|" between them, ";" between rows. */
@@ -1756,6 +1870,16 @@ static void processes_keep_to_the_limit(void **state)
 
 /* ---- the embedded store only ---- */
 
+static bool one_row(void *context, size_t columns, const char *const *names,
+                    const struct store_value *values)
+{
+    (void)context;
+    (void)columns;
+    (void)names;
+    (void)values;
+    return false;
+}
+
 static int open_and_add(int n)
 {
     struct err err = {0};
@@ -1791,7 +1915,7 @@ static void the_files_are_private_and_durable(void **state)
         assert_int_equal(0600, st.st_mode & 0777);
     }
     expect("wal", "PRAGMA journal_mode");
-    assert_int_equal(1, driver->schema_version(store));
+    assert_int_equal(2, driver->schema_version(store));
     assert_int_equal(1, driver->leaders(store));
     struct err err = {0};
     assert_int_equal(ERR_NONE, driver->ping(store, &err));
@@ -1833,7 +1957,20 @@ static void sets_up_only_where_allowed(void **state)
     store = backend.open(true, &err);
     assert_non_null(store);
     driver->close(store);
-    expect("1|1", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
+    expect("1|2", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
+    sql("UPDATE SchemaVersion SET Version = 1");
+    sql("DROP TRIGGER TR_TokenMaster_TotalTokenLimit");
+    assert_null(backend.open(false, &err));
+    assert_int_equal(ERR_SCHEMA, err.code);
+    assert_non_null(strstr(err.message, "extractctl migrate"));
+    fixture.config.store.auto_create = true;
+    store = backend.open(false, &err);
+    assert_non_null(store);
+    assert_int_equal(2, driver->schema_version(store));
+    driver->close(store);
+    expect("2|1|1",
+           "SELECT Version, Major, (SELECT COUNT(*) FROM sqlite_master WHERE type = 'trigger')"
+           " FROM SchemaVersion");
 
     /* newer, compatible: as it is */
     sql("UPDATE SchemaVersion SET Version = 7");
@@ -1898,10 +2035,29 @@ static void refuses_what_is_no_store(void **state)
     fprintf(f, "%0*d", 8192, 7);
     fclose(f);
     assert_null(backend.open(true, &err));
-    assert_int_equal(ERR_INTERNAL, err.code);
-    char missing[] = "/nonexistent/store.db";
+    assert_int_equal(ERR_STORE_UNAVAILABLE, err.code);
+
+    /* no directory: whoever asks, and nothing that `extractctl migrate` could mend */
+    char missing[] = "/nonexistent/sub/store.db";
     fixture.config.store.path = missing;
-    assert_null(backend.open(true, &err));
+    for (int migrate = 0; migrate < 2; migrate++) {
+        for (int may = 0; may < 2; may++) {
+            fixture.config.store.auto_create = may != 0;
+            assert_null(backend.open(migrate != 0, &err));
+            assert_int_equal(ERR_STORE_UNAVAILABLE, err.code);
+            assert_non_null(strstr(err.message, "the directory /nonexistent/sub is missing"));
+            assert_null(strstr(err.message, "migrate"));
+        }
+    }
+    char beside[] = "no_such_directory/store.db";
+    fixture.config.store.path = beside;
+    assert_null(backend.open(false, &err));
+    assert_non_null(strstr(err.message, "the directory no_such_directory is missing"));
+    char in_a_file[160];
+    snprintf(in_a_file, sizeof in_a_file, "%s/store.db", fixture.path);
+    fixture.config.store.path = in_a_file;
+    fixture.config.store.auto_create = false;
+    assert_null(backend.open(false, &err));
     assert_int_equal(ERR_STORE_UNAVAILABLE, err.code);
 
     /* a directory in its place */
@@ -1911,6 +2067,34 @@ static void refuses_what_is_no_store(void **state)
     assert_null(backend.open(true, &err));
     assert_int_equal(ERR_STORE_UNAVAILABLE, err.code);
     rmdir(fixture.path);
+}
+
+/* Bytes of the disk's own making, where a table or an index was: the store's trouble, not the data's. */
+static void a_damaged_store_is_unavailable(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    char garbage[4096];
+    prepare_for_processes(1, -1);
+    backend.attach();
+    int64_t page = number("SELECT rootpage FROM sqlite_master"
+                          " WHERE name = 'IX_TokenMaster_CompanyID_Status'");
+    assert_int_equal(sizeof garbage, number("PRAGMA page_size"));
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    memset(garbage, 0xA5, sizeof garbage);
+    int fd = open(fixture.path, O_WRONLY);
+    assert_int_equal(sizeof garbage,
+                     pwrite(fd, garbage, sizeof garbage, (off_t)((page - 1) * 4096)));
+    close(fd);
+    store = backend.open(false, &err);
+    assert_non_null(store);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    struct store_acquire *items = &a;
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->acquire(store, &items, 1, &err));
+    assert_int_equal(ERR_STORE_UNAVAILABLE, a.code);
+    driver->close(store);
+    store = NULL;
 }
 
 static void another_writer_is_waited_for_only_so_long(void **state)
@@ -1930,11 +2114,61 @@ static void another_writer_is_waited_for_only_so_long(void **state)
     assert_true(took >= 250 && took < 2000);
     assert_int_equal(ERR_STORE_UNAVAILABLE, a.code);
     assert_string_equal("", a.api_key);
-    assert_int_equal(ERR_NONE, driver->ping(impatient, &err)); /* readers go on */
+    assert_int_equal(ERR_NONE, driver->query(impatient, VIEW_TOKENS, &ALL, one_row, NULL, &err));
     sql("COMMIT");
     assert_int_equal(ERR_NONE, driver->acquire(impatient, &items, 1, &err));
     assert_int_equal(GRANT_TOKEN, a.grant);
     driver->close(impatient);
+}
+
+static void expect_ping(enum err_code expected, void *pinged, int64_t least_ms, int64_t most_ms)
+{
+    struct err err = {0};
+    int64_t start = clock_monotonic_ms();
+    assert_int_equal(expected, driver->ping(pinged, &err));
+    assert_int_equal(expected, err.code);
+    int64_t took = clock_monotonic_ms() - start;
+    assert_in_range(took, least_ms, most_ms);
+}
+
+static void ping_tells_whether_it_can_be_written(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    char path[160];
+    void *other =
+        backend.open(false, &err); /* it waits 5 s for a transaction, but not for a ping */
+    fixture.config.store.query_timeout_ms = 200;
+    void *impatient = backend.open(false, &err);
+    assert_non_null(other);
+    assert_non_null(impatient);
+    expect_ping(ERR_NONE, other, 0, 500);
+    expect("0", "SELECT COUNT(*) FROM AuditLog"); /* and it leaves nothing */
+    sql("BEGIN EXCLUSIVE");
+    expect_ping(ERR_STORE_UNAVAILABLE, other, 900, 1900);
+    expect_ping(ERR_STORE_UNAVAILABLE, impatient, 150, 800);
+    sql("ROLLBACK");
+    expect_ping(ERR_NONE, other, 0, 500);
+    expect_ping(ERR_NONE, impatient, 0, 500);
+
+    /* another process that has the turn, and stands still */
+    snprintf(path, sizeof path, "%s.lock", fixture.path);
+    int fd = open(path, O_RDWR);
+    assert_int_equal(0, flock(fd, LOCK_EX));
+    expect_ping(ERR_STORE_UNAVAILABLE, impatient, 150, 800);
+    close(fd);
+    expect_ping(ERR_NONE, impatient, 0, 500);
+
+    /* who has just written need not try */
+    add_token("NT047", -1);
+    sql("BEGIN IMMEDIATE");
+    expect_ping(ERR_NONE, store, 0, 100);
+    clock_sleep_until(clock_monotonic_ms() + 1100);
+    expect_ping(ERR_STORE_UNAVAILABLE, store, 900, 1900);
+    sql("ROLLBACK");
+    expect_ping(ERR_NONE, store, 0, 500);
+    driver->close(impatient);
+    driver->close(other);
 }
 
 /* Holds the host's lock for a time, from another open file as another process would. */
@@ -2115,8 +2349,330 @@ static void a_failed_batch_changes_nothing(void **state)
     assert_int_equal(GRANT_TOKEN, items[1].grant);
 }
 
+/* ---- the file is replaced ---- */
+
+static const char *beside(const char *name)
+{
+    static char paths[4][160];
+    static unsigned n;
+    char *path = paths[n++ % 4];
+    snprintf(path, sizeof paths[0], "%s/%s", fixture.directory, name);
+    return path;
+}
+
+/* A backup of the store as it is, under another name, in which all keys say so. */
+static void back_up(const char *name)
+{
+    char text[256];
+    sqlite3 *copy;
+    sql("VACUUM INTO '%s'", beside(name));
+    assert_int_equal(SQLITE_OK, sqlite3_open(beside(name), &copy));
+    snprintf(text, sizeof text, "UPDATE TokenMaster SET ApiKey = 'key-of-%s'", name);
+    assert_int_equal(SQLITE_OK, sqlite3_exec(copy, text, NULL, NULL, NULL));
+    assert_int_equal(SQLITE_OK, sqlite3_close(copy));
+    assert_int_equal(0, chmod(beside(name), 0600));
+}
+
+static void move(const char *from, const char *to)
+{
+    char source[160];
+    snprintf(source, sizeof source, "%s", beside(from));
+    assert_int_equal(0, rename(source, beside(to)));
+}
+
+/* The test's own connection, to the file that has the name now. */
+static void attach_again(void)
+{
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    backend.attach();
+}
+
+static void expect_key(const char *key)
+{
+    struct store_acquire a;
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    assert_string_equal(key, a.api_key);
+}
+
+/* As the middle of a request meets it. */
+static void expect_unavailable(const char *words)
+{
+    struct err err = {0};
+    char id[UUID_TEXT_SIZE];
+    uuid_v7(id);
+    struct store_acquire a = an_acquire(id, "NT047");
+    struct store_acquire *items = &a;
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->acquire(store, &items, 1, &err));
+    if (strstr(err.message, words) == NULL)
+        fail_msg("%s", err.message);
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->ping(store, &err));
+    assert_int_equal(ERR_STORE_UNAVAILABLE,
+                     driver->query(store, VIEW_TOKENS, &ALL, one_row, NULL, &err));
+}
+
+static void remove_others(void)
+{
+    static const char *const names[] = {"old.db",    "old.db-wal", "old.db-shm",
+                                        "backup.db", "a.db",       "b.db"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        unlink(beside(names[i]));
+}
+
+static int teardown_replaced(void **state)
+{
+    remove_others();
+    return teardown(state);
+}
+
+static int teardown_closed_replaced(void **state)
+{
+    remove_others();
+    return teardown_closed(state);
+}
+
+static void follows_a_replaced_file(void **state)
+{
+    (void)state;
+    add_token("NT047", -1);
+    back_up("backup.db");
+    for (int i = 0; i < 20; i++) { /* a log full of what the backup does not have */
+        struct store_acquire a;
+        assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+        assert_true(strncmp("AIza-test", a.api_key, 9) == 0);
+    }
+    expect_view("1", VIEW_TOKENS, ALL, "TokenID"); /* the readers have it open */
+    move("backup.db", "store.db");
+    expect_key("key-of-backup.db");
+    struct err err = {0};
+    assert_int_equal(ERR_NONE, driver->ping(store, &err));
+    expect_view("…p.db", VIEW_TOKENS, ALL, "ApiKey");
+    attach_again();
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+    expect("wal", "PRAGMA journal_mode");
+    /* and it is a store as any: for one who comes now, too */
+    driver->close(store);
+    store = backend.open(false, &err);
+    assert_non_null(store);
+    expect_key("key-of-backup.db");
+    expect("2", "SELECT COUNT(*) FROM TokenReservations");
+    expect_sums();
+}
+
+/* A reader may be the first to see it; and what the old file's log held goes into the old file. */
+static void loses_nothing_of_a_file_that_was_moved_away(void **state)
+{
+    (void)state;
+    sqlite3 *old;
+    add_token("NT047", -1);
+    back_up("backup.db");
+    for (int i = 0; i < 20; i++) {
+        struct store_acquire a;
+        assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    }
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    move("store.db", "old.db");
+    move("backup.db", "store.db");
+    expect_view("…p.db", VIEW_TOKENS, ALL, "ApiKey");
+    expect_key("key-of-backup.db");
+    backend.attach();
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+    old = fixture.raw;
+    assert_int_equal(SQLITE_OK, sqlite3_open(beside("old.db"), &fixture.raw));
+    expect("20", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+    sqlite3_close(fixture.raw);
+    fixture.raw = old;
+}
+
+static void waits_for_a_file_that_vanished(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    add_token("NT047", -1);
+    move("store.db", "old.db");
+    expect_unavailable("missing");
+    assert_int_equal(-1, access(fixture.path, F_OK));
+    move("old.db", "store.db");
+    expect_view("1", VIEW_TOKENS, ALL, "TokenID");
+    struct store_acquire a;
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    assert_int_equal(ERR_NONE, driver->ping(store, &err));
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+}
+
+static void write_file(const char *name, size_t size)
+{
+    FILE *f = fopen(beside(name), "w");
+    assert_non_null(f);
+    for (size_t i = 0; i < size; i++)
+        fputc('x', f);
+    fclose(f);
+}
+
+static void follows_to_a_store_only(void **state)
+{
+    (void)state;
+    struct stat st;
+    add_token("NT047", -1);
+    back_up("a.db");
+    back_up("b.db");
+    sqlite3 *raw = fixture.raw;
+    assert_int_equal(SQLITE_OK, sqlite3_open(beside("b.db"), &fixture.raw));
+    sql("UPDATE SchemaVersion SET Version = 3, Major = 2");
+    sqlite3_close(fixture.raw);
+    fixture.raw = raw;
+    write_file("backup.db", 0);
+    move("backup.db", "store.db");
+    expect_unavailable("schema");
+    assert_int_equal(0, stat(fixture.path, &st));
+    assert_int_equal(0, st.st_size);
+    write_file("backup.db", 10000);
+    move("backup.db", "store.db");
+    expect_unavailable("SQLite 26");
+    assert_int_equal(0, stat(fixture.path, &st));
+    assert_int_equal(10000, st.st_size);
+    move("b.db", "store.db");
+    expect_unavailable("newer");
+    assert_int_equal(0, unlink(fixture.path));
+    assert_int_equal(0, mkdir(fixture.path, 0700));
+    expect_unavailable("embedded store");
+    assert_int_equal(0, rmdir(fixture.path));
+    expect_unavailable("missing");
+    move("a.db", "store.db");
+    expect_key("key-of-a.db");
+    attach_again();
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+}
+
+static atomic_bool replacing;
+static atomic_int served;
+
+static bool is_fine(enum err_code code)
+{
+    return code == ERR_NONE || code == ERR_STORE_UNAVAILABLE;
+}
+
+/* One round of all that a request and a probe do. 0, or what was wrong. */
+static int one_round(void *own)
+{
+    struct err err = {0};
+    char id[UUID_TEXT_SIZE];
+    uuid_v7(id);
+    struct store_acquire a = an_acquire(id, "NT047");
+    struct store_acquire *acquires = &a;
+    enum err_code code = driver->acquire(own, &acquires, 1, &err);
+    if (!is_fine(code) || (code == ERR_NONE && (a.code != ERR_NONE || a.grant != GRANT_TOKEN)))
+        return 1;
+    if (code == ERR_NONE)
+        atomic_fetch_add(&served, 1);
+    if (!is_fine(driver->query(own, VIEW_TOKENS, &ALL, one_row, NULL, &err)))
+        return 2;
+    if (!is_fine(driver->ping(own, &err)))
+        return 3;
+    struct store_settlement s = a_settlement(id, a.token_id, 1);
+    struct store_settlement *settlements = &s;
+    code = driver->settle(own, &settlements, 1, &err);
+    return is_fine(code) ? 0 : 4;
+}
+
+/* cp name backup.db && mv backup.db store.db; also for children. */
+static bool copy_into_place(const char *name)
+{
+    char bytes[65536];
+    int from = open(beside(name), O_RDONLY);
+    int to = open(beside("backup.db"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    ssize_t n = 0;
+    bool good = from >= 0 && to >= 0;
+    while (good && (n = read(from, bytes, sizeof bytes)) > 0)
+        good = write(to, bytes, (size_t)n) == n;
+    good = good && n == 0 && fsync(to) == 0;
+    close(from);
+    close(to);
+    return good && rename(beside("backup.db"), fixture.path) == 0;
+}
+
+static void *rounds_in_thread(void *context)
+{
+    intptr_t wrong = 0;
+    (void)context;
+    while (atomic_load(&replacing) && wrong == 0)
+        wrong = one_round(store);
+    return (void *)wrong;
+}
+
+static int rounds_in_process(int n)
+{
+    struct err err = {0};
+    void *own = backend.open(false, &err);
+    int wrong = own == NULL ? 9 : 0;
+    int64_t end_ms = clock_monotonic_ms() + 2500;
+    for (int i = 0; n == 0 && i < 12 && wrong == 0; i++) { /* the DBA */
+        clock_sleep_until(clock_monotonic_ms() + 150);
+        if (i % 3 == 1 && rename(fixture.path, beside("old.db")) != 0)
+            wrong = 10;
+        if (!copy_into_place("a.db"))
+            wrong = 11;
+    }
+    while (clock_monotonic_ms() < end_ms && wrong == 0)
+        wrong = one_round(own);
+    if (wrong == 0 && n > 0 && atomic_load(&served) < 20)
+        wrong = 12;
+    driver->close(own);
+    return wrong;
+}
+
+static void threads_follow_together(void **state)
+{
+    (void)state;
+    pthread_t threads[4];
+    add_token("NT047", -1);
+    back_up("a.db");
+    atomic_store(&replacing, true);
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(0, pthread_create(&threads[i], NULL, rounds_in_thread, NULL));
+    for (int i = 0; i < 12; i++) {
+        clock_sleep_until(clock_monotonic_ms() + 100);
+        assert_true(copy_into_place("a.db"));
+    }
+    clock_sleep_until(clock_monotonic_ms() + 200);
+    atomic_store(&replacing, false);
+    for (int i = 0; i < 4; i++) {
+        void *wrong = NULL;
+        pthread_join(threads[i], &wrong);
+        assert_int_equal(0, (intptr_t)wrong);
+    }
+    assert_true(atomic_load(&served) > 20);
+    attach_again();
+    expect("ok", "PRAGMA integrity_check");
+    expect("key-of-a.db", "SELECT ApiKey FROM TokenMaster");
+    expect_sums();
+}
+
+static void processes_follow_together(void **state)
+{
+    (void)state;
+    prepare_for_processes(1, -1);
+    backend.attach();
+    back_up("a.db");
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    atomic_store(&served, 0);
+    in_processes(WORKERS, rounds_in_process);
+    backend.attach();
+    expect("ok", "PRAGMA integrity_check");
+    expect("key-of-a.db", "SELECT ApiKey FROM TokenMaster");
+    assert_true(number("SELECT COUNT(*) FROM TokenReservations") > 20);
+    expect_sums();
+}
+
 #define CONTRACT(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
 #define CLOSED(test) cmocka_unit_test_setup_teardown(test, setup_closed, teardown_closed)
+#define REPLACED(test) cmocka_unit_test_setup_teardown(test, setup, teardown_replaced)
 
 int main(void)
 {
@@ -2124,6 +2680,7 @@ int main(void)
         CONTRACT(grants_a_token_and_reserves),
         CONTRACT(grants_again_without_reserving_twice),
         CONTRACT(knows_rows_written_by_hand),
+        CONTRACT(a_pasted_key_is_trimmed),
         CONTRACT(compares_companies_without_case),
         CONTRACT(serves_its_provider_only),
         CONTRACT(chooses_among_the_usable),
@@ -2158,6 +2715,7 @@ int main(void)
         CONTRACT(sets_a_status),
         CONTRACT(sets_a_key),
         CONTRACT(sets_a_limit),
+        CONTRACT(a_limit_that_is_raised_by_hand_frees_a_token),
         CONTRACT(shows_tokens),
         CONTRACT(shows_usage),
         CONTRACT(shows_logs_and_the_rest),
@@ -2171,13 +2729,23 @@ int main(void)
         CLOSED(refuses_what_is_no_store),
         CONTRACT(the_setup_script_changes_nothing_twice),
         CONTRACT(the_tables_keep_their_rules),
+        CLOSED(a_damaged_store_is_unavailable),
         CONTRACT(another_writer_is_waited_for_only_so_long),
+        CONTRACT(ping_tells_whether_it_can_be_written),
         CONTRACT(the_host_lock_is_waited_for_only_so_long),
         CONTRACT(threads_share_a_store),
+        REPLACED(follows_a_replaced_file),
+        REPLACED(loses_nothing_of_a_file_that_was_moved_away),
+        REPLACED(waits_for_a_file_that_vanished),
+        REPLACED(follows_to_a_store_only),
+        REPLACED(threads_follow_together),
+        cmocka_unit_test_setup_teardown(processes_follow_together, setup_closed,
+                                        teardown_closed_replaced),
         CLOSED(rolls_back_after_an_io_error),
         CONTRACT(a_refused_row_fails_alone),
         CONTRACT(a_failed_batch_changes_nothing),
     };
+    log_set_sink(drop_entry, NULL);
     int failed = cmocka_run_group_tests_name("store contract", contract, NULL, NULL);
     return failed + cmocka_run_group_tests_name("embedded store", embedded, NULL, NULL) == 0 ? 0
                                                                                              : 1;

@@ -561,7 +561,6 @@ def test_readme_names_every_step_field_and_scenario() -> None:
 
 # --- the TLS front ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("openssl")), reason="needs nginx and openssl")
 def test_tls_front_ends_connections_after_three_requests(emulator: Client, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         front = free.getsockname()[1]

@@ -36,7 +36,7 @@ COMMON   := $(filter-out fcgi-app/main.c $(CTL),$(SOURCES))
 OBJECTS  := $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o
 EMBEDDED := fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql
 UNITS    := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
-PYTEST   := PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -p no:cacheprovider
+PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -p no:cacheprovider
 
 # What Debian 12 calls what is needed: to build, to run and to test.
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \

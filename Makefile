@@ -27,22 +27,23 @@ CFLAGS    ?= -O2 -g
 CPPFLAGS  += -D_GNU_SOURCE -DEXTRACT_VERSION='"$(VERSION)"' -Iinclude $(shell pkg-config --cflags $(LIBRARIES))
 COMPILE    = $(CC) -std=c17 $(CPPFLAGS) $(WARNINGS) $(HARDENING) $(SANITIZER) -pthread $(CFLAGS)
 LINK       = $(CC) $(SANITIZER) -pthread -pie -Wl,-z,relro,-z,now $(LDFLAGS)
-LDLIBS    += $(shell pkg-config --libs $(LIBRARIES)) -lunistring -lm
+LDLIBS    += $(shell pkg-config --libs $(LIBRARIES)) -lunistring -lsybdb -lm
 
 SOURCES  := $(wildcard fcgi-app/*.c)
 PROGRAMS := extract-fcgi extractctl
 CTL      := fcgi-app/extractctl.c $(wildcard fcgi-app/ctl_*.c)
 COMMON   := $(filter-out fcgi-app/main.c $(CTL),$(SOURCES))
 OBJECTS  := $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o
-EMBEDDED := fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql
+EMBEDDED := fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql \
+            sql/setup_database.sql
 UNITS    := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
 PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -p no:cacheprovider
 
 # What Debian 12 calls what is needed: to build, to run and to test.
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
-                  libsqlite3-dev libssl-dev libunistring-dev
+                  libsqlite3-dev libssl-dev libunistring-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm
+TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm freetds-bin
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
 .DELETE_ON_ERROR:
@@ -69,6 +70,9 @@ $(BUILD)/fcgi-app/embed.o: fcgi-app/embed.S $(EMBEDDED)
 $(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(OBJECTS)
 	@echo '  LINK  $@'
 	$(Q)$(LINK) -o $@ $^ $(LDLIBS) -lcmocka
+
+# The databases behind the store's contract tests.
+$(BUILD)/tests/unit/test_store: $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/unit/store_*.c))
 
 -include $(wildcard $(BUILD)/fcgi-app/*.d $(BUILD)/tests/unit/*.d)
 
@@ -101,12 +105,23 @@ units: $(UNITS)
 check-unit: $(UNITS) ## The unit tests alone
 	@for t in $(UNITS); do echo "== $$t"; $$t || exit 1; done
 
-check-emulator: ## The Gemini emulator's own tests, and Google's client library against it
-	$(PYTEST) tests/emulator
+check-emulator: ## The tests of what stands in for others: Gemini (with Google's client library), SQL Server (with FreeTDS)
+	$(PYTEST) tests/emulator tests/tds_server
 	tests/genai/run
 
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) tests/e2e $(T)
+
+# Each test makes a database of its own there and drops it; MSSQL_USER must be allowed to. With MSSQL_CA_FILE over
+# TLS (or as MSSQL_ENCRYPT says: require, request, off); MSSQL_RIGHTS=no where there is no ownership chaining.
+check-mssql: all $(BUILD)/tests/unit/test_store ## All that uses the store, on a live server: MSSQL_SERVER=host:port MSSQL_USER=… MSSQL_PASSWORD_FILE=…
+	@test -n '$(MSSQL_SERVER)' && test -n '$(MSSQL_USER)' && test -r '$(MSSQL_PASSWORD_FILE)' || \
+	    { echo 'make check-mssql MSSQL_SERVER=host:port MSSQL_USER=name MSSQL_PASSWORD_FILE=file' >&2; exit 2; }
+	$(MSSQL) $(BUILD)/tests/unit/test_store mssql
+	$(MSSQL) EXTRACT_TEST_STORE=mssql BUILD=$(BUILD) $(PYTEST) tests/e2e $(T)
+
+MSSQL = MSSQL_SERVER='$(MSSQL_SERVER)' MSSQL_USER='$(MSSQL_USER)' MSSQL_PASSWORD_FILE='$(abspath $(MSSQL_PASSWORD_FILE))' \
+        MSSQL_ENCRYPT='$(or $(MSSQL_ENCRYPT),$(if $(MSSQL_CA_FILE),require,off))' MSSQL_CA_FILE='$(MSSQL_CA_FILE)' MSSQL_RIGHTS='$(or $(MSSQL_RIGHTS),yes)'
 
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 SECONDS ?= 60
@@ -150,5 +165,5 @@ clean: ## Remove build/
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e fuzz lint format \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-mssql fuzz lint format \
         install uninstall clean help

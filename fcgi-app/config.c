@@ -118,7 +118,7 @@ static const struct key table[] = {
      "disable a token whose key Gemini calls bad; no: it only cools down"},
 
     {WORD(store, driver, driver_words), "sqlite",
-     "sqlite (embedded, one host) or mssql (SQL Server; not available in this version)"},
+     "sqlite (embedded, one host) or mssql (SQL Server)"},
     {YES_NO(store, auto_create), "yes",
      "create or upgrade the schema at start; no: extractctl migrate does"},
     {INTEGER(store, pool_size, 0, 256), "0",
@@ -128,7 +128,7 @@ static const struct key table[] = {
     {TEXT(store, path, NULL), "",
      "sqlite: the database file; empty: store.db in state_dir"},
     {TEXT(store, server, NULL), "",
-     "mssql: host:port"},
+     "mssql: host:port, or host\\instance"},
     {TEXT(store, database, NULL), "",
      "mssql: name of the database"},
     {TEXT(store, user, NULL), "",
@@ -441,9 +441,33 @@ static void resolve(struct loaded *loaded)
         config->store.path = arena_printf(&loaded->arena, "%s/store.db", config->server.state_dir);
 }
 
+/* The key of [store] that SQL Server cannot be reached without, or that says a second time what a
+ * connection file says; NULL: there is none. */
+static const char *misfit_of_mssql(const struct config *config)
+{
+    const struct {
+        const char *name;
+        const char *value;
+    } keys[] = {
+        {"server", config->store.server},
+        {"database", config->store.database},
+        {"user", config->store.user},
+        {"password_file", config->store.password_file},
+    };
+    bool is_wanted = config->store.connection_file[0] == '\0';
+
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++)
+        if ((keys[i].value[0] != '\0') != is_wanted)
+            return keys[i].name;
+    return NULL;
+}
+
 static enum err_code check_together(const struct loaded *loaded, struct err *err)
 {
     const struct config *config = &loaded->config;
+    bool mssql = config->store.driver == DRIVER_MSSQL;
+    const char *misfit = mssql ? misfit_of_mssql(config) : NULL;
+    bool has_admin = config->store.admin_user[0] != '\0';
     const struct key *delay = find_key("retry", "initial_delay");
     bool delay_is_set = loaded->sources[delay - table].name != by_default;
     const struct {
@@ -454,8 +478,13 @@ static enum err_code check_together(const struct loaded *loaded, struct err *err
     } rules[] = {
         {config->auth.mode == AUTH_BEARER, "auth", "mode",
          "bearer is not available in this version"},
-        {config->store.driver == DRIVER_MSSQL, "store", "driver",
-         "mssql is not available in this version"},
+        {misfit != NULL, "store", misfit,
+         config->store.connection_file[0] == '\0'
+             ? "driver = mssql needs server, database, user and password_file, or connection_file"
+             : "connection_file says that already: leave one of them out"},
+        {mssql && has_admin != (config->store.admin_password_file[0] != '\0'), "store",
+         has_admin ? "admin_user" : "admin_password_file",
+         "admin_user and admin_password_file belong together"},
         {config->seal.key_file[0] != '\0', "seal", "key_file",
          "sealing is not available in this version"},
         {config->retry.initial_delay_ms > config->retry.max_delay_ms, "retry",

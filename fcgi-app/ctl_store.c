@@ -40,7 +40,10 @@ static int exit_status(enum err_code code)
 
 const char *ctl_store_place(const struct config *config)
 {
-    return config->store.driver == DRIVER_SQLITE ? config->store.path : config->store.server;
+    if (config->store.driver == DRIVER_SQLITE)
+        return config->store.path;
+    return config->store.connection_file[0] != '\0' ? config->store.connection_file
+                                                    : config->store.server;
 }
 
 /* Is there no directory for the embedded store? */
@@ -70,7 +73,8 @@ void ctl_store_remedy(const struct config *config, enum err_code code, char *out
         snprintf(out, size, "see that store.path is right and that user %s may write there",
                  ctl_user_name());
     else
-        snprintf(out, size, "see that the server is up and that store.server is right");
+        snprintf(out, size, "see that the server is up and that store.%s is right",
+                 config->store.connection_file[0] != '\0' ? "connection_file" : "server");
 }
 
 int ctl_store_error(const struct ctl *ctl, const struct err *err)
@@ -135,6 +139,7 @@ int ctl_open_config(struct ctl *ctl)
         fprintf(stderr, CTL_NAME ": %s\n", err.message);
         return EXIT_USAGE;
     }
+    ctl->config->store.as_admin = true;
     find_actor(ctl->actor, sizeof ctl->actor); /* before root becomes somebody else */
     return ctl_become_owner(ctl->config) ? EXIT_OK : EXIT_STORE;
 }

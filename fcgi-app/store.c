@@ -53,7 +53,7 @@ struct store {
 
 static const struct store_driver *const drivers[] = {
     [DRIVER_SQLITE] = &store_sqlite,
-    [DRIVER_MSSQL] = NULL,
+    [DRIVER_MSSQL] = &store_mssql,
 };
 
 static const struct store_driver *find_driver(const struct config *config, struct err *err)

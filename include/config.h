@@ -73,6 +73,7 @@ struct config {
         int encrypt; /* enum config_encrypt */
         char *ca_file;
         char *connection_file;
+        bool as_admin; /* no key: extractctl sets it, to log in as admin_user where there is one */
     } store;
     struct {
         char *key_file;

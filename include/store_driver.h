@@ -38,5 +38,6 @@ struct store_driver {
 };
 
 extern const struct store_driver store_sqlite;
+extern const struct store_driver store_mssql;
 
 #endif

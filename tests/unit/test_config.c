@@ -599,7 +599,8 @@ static void test_environment_errors(void **state)
         {"EXTRACT_AUTH_MODE", "bearer",
          "EXTRACT_AUTH_MODE: bearer is not available in this version"},
         {"EXTRACT_STORE_DRIVER", "mssql",
-         "EXTRACT_STORE_DRIVER: mssql is not available in this version"},
+         "[store] server (default): driver = mssql needs server, database, user and "
+         "password_file, or connection_file"},
     };
     (void)state;
 
@@ -634,10 +635,42 @@ static void test_not_available(void **state)
     (void)state;
     expect_refusal("[auth]\nmode = bearer\n",
                    ":2: [auth] mode: bearer is not available in this version");
-    expect_refusal("[store]\ndriver = mssql\n",
-                   ":2: [store] driver: mssql is not available in this version");
     expect_refusal("[seal]\nkey_file = /dev/null\n",
                    ":2: [seal] key_file: sealing is not available in this version");
+}
+
+static void test_mssql(void **state)
+{
+#define NEEDS "driver = mssql needs server, database, user and password_file, or connection_file"
+#define KEYS "[store]\ndriver = mssql\nserver = db:1433\ndatabase = d\nuser = u\n"
+    struct config *c = load_good(KEYS "password_file = /etc/passwd\n");
+    (void)state;
+
+    assert_int_equal(c->store.driver, DRIVER_MSSQL);
+    assert_false(c->store.as_admin);
+    config_free(c);
+    c = load_good("[store]\ndriver = mssql\nconnection_file = /etc/passwd\n");
+    config_free(c);
+    c = load_good(KEYS "password_file = /etc/passwd\nadmin_user = a\n"
+                       "admin_password_file = /etc/passwd\n");
+    config_free(c);
+    /* the embedded store asks for none of it */
+    c = load_good("[store]\nserver = db:1433\n");
+    config_free(c);
+
+    expect_refusal("[store]\ndriver = mssql\n", "[store] server (default): " NEEDS);
+    expect_refusal("[store]\ndriver = mssql\nserver = db\nuser = u\n",
+                   "[store] database (default): " NEEDS);
+    expect_refusal("[store]\ndriver = mssql\nserver = db\ndatabase = d\nuser =\n",
+                   ":5: [store] user: " NEEDS);
+    expect_refusal(KEYS, "[store] password_file (default): " NEEDS);
+    expect_refusal("[store]\ndriver = mssql\nconnection_file = /etc/passwd\nuser = u\n",
+                   ":4: [store] user: connection_file says that already: leave one of them out");
+    expect_refusal(KEYS "password_file = /etc/passwd\nadmin_user = a\n",
+                   ":7: [store] admin_user: admin_user and admin_password_file belong together");
+    expect_refusal(KEYS "password_file = /etc/passwd\nadmin_password_file = /etc/passwd\n",
+                   ":7: [store] admin_password_file: admin_user and admin_password_file belong "
+                   "together");
 }
 
 static void test_delays(void **state)
@@ -1011,6 +1044,7 @@ int main(void)
         cmocka_unit_test_setup(test_environment_errors, set_up),
         cmocka_unit_test_setup(test_empty_text_is_unset, set_up),
         cmocka_unit_test_setup(test_not_available, set_up),
+        cmocka_unit_test_setup(test_mssql, set_up),
         cmocka_unit_test_setup(test_delays, set_up),
         cmocka_unit_test_setup(test_files, set_up),
         cmocka_unit_test_setup(test_base_url, set_up),

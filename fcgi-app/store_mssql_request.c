@@ -1,0 +1,361 @@
+/* store_mssql_request.c - acquire and settle on SQL Server: a batch is one JSON array to one
+ * procedure, one transaction, one row back for each item. See store_mssql.h, and struct store_acquire
+ * and struct store_settlement in store.h.
+ *
+ * The procedures decide everything; here, items become JSON and rows become outcomes. An item that is
+ * refused here is not sent; "i", its place in the caller's array, finds it again. */
+#include "store_mssql.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "batch.h"
+#include "clock.h"
+#include "log.h"
+
+#define ITEMS_MAX ((size_t)16 * 1024 * 1024)
+#define CHOICE_MASK ((UINT64_C(1) << 62) - 1)
+#define REASON_MAX 800 /* bytes of what Gemini said */
+#define MODEL_MAX 256
+
+/* ---- JSON ---- */
+
+/* Adds ,"name":"text", cut between characters so that it has at most max bytes. */
+static void add_cut(struct buf *json, const char *name, const char *text, size_t max)
+{
+    size_t len = text == NULL ? 0 : strnlen(text, max + 1);
+
+    if (len > max)
+        for (len--; len > 0 && ((unsigned char)text[len] & 0xC0) == 0x80; len--)
+            ;
+    buf_printf(json, ",\"%s\":", name);
+    buf_append_json(json, text, len);
+}
+
+static void add_text(struct buf *json, const char *name, const char *text)
+{
+    add_cut(json, name, text, SIZE_MAX - 1);
+}
+
+static void add_int(struct buf *json, const char *name, int64_t n)
+{
+    buf_printf(json, ",\"%s\":%lld", name, (long long)n);
+}
+
+static void begin_item(struct buf *json, size_t i)
+{
+    buf_printf(json, "%s{\"i\":%zu", json->len == 0 ? "[" : ",\n", i);
+}
+
+static void add_fault(struct buf *json, const struct store_token_fault *fault)
+{
+    static const char *const names[] = {
+        [STORE_FAULT_NONE] = "none",
+        [STORE_FAULT_COOLDOWN] = "cooldown",
+        [STORE_FAULT_DISABLE] = "disable",
+        [STORE_FAULT_EXCEED] = "exceed",
+    };
+    bool has_reason = fault->reason != NULL && fault->reason[0] != '\0';
+
+    add_text(json, "fault", names[fault->fault]);
+    add_int(json, "cooldownMs", fault->cooldown_ms);
+    add_cut(json, "reason", has_reason ? fault->reason : "no reason given", REASON_MAX);
+}
+
+/* The process that an open reservation belongs to. */
+static void end_item(struct buf *json)
+{
+    add_text(json, "host", log_host());
+    add_int(json, "processId", getpid());
+    buf_append_char(json, '}');
+}
+
+/* ---- calling ---- */
+
+/* Rows that came back, by item. */
+struct answers {
+    void *const *items;
+    size_t count;
+    bool has_row[BATCH_MAX];
+};
+
+/* The item that a row is about; NULL for a row that is about none. */
+static void *find_item(struct answers *answers, const struct store_value *values, size_t columns)
+{
+    int64_t i = columns > 0 && values[0].type == STORE_INTEGER ? values[0].integer : -1;
+
+    if (i < 0 || (uint64_t)i >= answers->count)
+        return NULL;
+    answers->has_row[i] = true;
+    return answers->items[i];
+}
+
+/* Code and Message of a row. */
+static enum err_code read_code(const struct store_value *values, size_t columns, struct err *err)
+{
+    const char *code = mssql_column_text(values, columns, 1);
+    const char *message = mssql_column_text(values, columns, 2);
+
+    if (code != NULL && strcmp(code, "ok") == 0)
+        return ERR_NONE;
+    return err_set(err,
+                   code != NULL && strcmp(code, "bad_value") == 0 ? ERR_BAD_VALUE : ERR_INTERNAL,
+                   "%s", message != NULL ? message : "the procedure gives no outcome");
+}
+
+static enum err_code call_with_items(struct store_mssql *store, const char *procedure,
+                                     struct buf *json, store_row *row, struct answers *answers,
+                                     struct err *err)
+{
+    buf_append_char(json, ']');
+    if (!buf_ok(json))
+        return err_set(err, ERR_INTERNAL, "a batch is too large");
+    const struct mssql_call call = {.procedure = procedure,
+                                    .row = row,
+                                    .context = answers,
+                                    MSSQL_PARAMS(mssql_text("@Items", buf_str(json)))};
+    return mssql_call(store, &call, err);
+}
+
+static const char no_row[] = "the procedure has left this item out";
+
+/* ---- acquire ---- */
+
+static void clear_acquired(struct store_acquire *a)
+{
+    a->grant = GRANT_NO_TOKEN;
+    a->token_id = 0;
+    a->first_usable_ms = 0;
+    a->busy_too = false;
+    a->disabling_stopped = false;
+    explicit_bzero(a->api_key, sizeof a->api_key);
+    a->company_id_stored[0] = '\0';
+}
+
+static void add_acquire(struct buf *json, size_t i, const struct store_acquire *a)
+{
+    begin_item(json, i);
+    add_text(json, "requestId", a->request_id);
+    add_int(json, "sequence", a->sequence);
+    add_text(json, "companyId", a->company_id);
+    add_text(json, "branch", a->branch);
+    add_text(json, "requestedBy", a->requested_by);
+    add_int(json, "estimate", a->estimate_tokens);
+    add_int(json, "expiresMs", a->expires_ms);
+    add_int(json, "choice", (int64_t)(a->choice & CHOICE_MASK));
+    add_int(json, "previousTokenId", a->previous_token_id);
+    add_fault(json, &a->previous);
+    add_int(json, "previousSpent", a->previous_spent);
+    add_int(json, "fallbackIfNone", a->fallback_if_none);
+    add_int(json, "fallbackOnly", a->fallback_only);
+    buf_append_str(json, ",\"excluded\":[");
+    for (size_t n = 0; n < a->excluded_count; n++)
+        buf_printf(json, "%s{\"t\":%lld,\"f\":%d}", n > 0 ? "," : "",
+                   (long long)a->excluded[n].token_id, a->excluded[n].at_fault);
+    buf_append_char(json, ']');
+    end_item(json);
+}
+
+static bool read_grant(const char *word, enum store_grant *grant)
+{
+    static const char *const words[] = {
+        [GRANT_TOKEN] = "token",     [GRANT_NO_TOKEN] = "no_token",
+        [GRANT_EXPIRED] = "expired", [GRANT_UNAVAILABLE] = "unavailable",
+        [GRANT_COOLING] = "cooling", [GRANT_BUSY] = "busy",
+    };
+
+    for (size_t i = 0; word != NULL && i < sizeof words / sizeof words[0]; i++) {
+        if (strcmp(word, words[i]) == 0) {
+            *grant = (enum store_grant)i;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Copies a text that must fit with its NUL. NULL is "". */
+static bool copy_text(char *out, size_t size, const char *text)
+{
+    size_t len = text == NULL ? 0 : strlen(text);
+
+    if (len >= size)
+        return false;
+    if (len > 0)
+        memcpy(out, text, len);
+    out[len] = '\0';
+    return true;
+}
+
+/* i, Code, Message, Grant, TokenID, ApiKey, CompanyID, FirstUsableMs, BusyToo, DisablingStopped */
+static enum err_code read_acquired(struct store_acquire *a, const struct store_value *values,
+                                   size_t columns, struct err *err)
+{
+    const char *api_key = mssql_column_text(values, columns, 5);
+
+    if (read_code(values, columns, err) != ERR_NONE)
+        return err->code;
+    if (!read_grant(mssql_column_text(values, columns, 3), &a->grant))
+        return err_set(err, ERR_INTERNAL, "the procedure gives an unknown outcome");
+    a->token_id = mssql_column_int(values, columns, 4);
+    a->first_usable_ms = mssql_column_int(values, columns, 7);
+    a->busy_too = mssql_column_int(values, columns, 8) != 0;
+    a->disabling_stopped = mssql_column_int(values, columns, 9) != 0;
+    if (!copy_text(a->company_id_stored, sizeof a->company_id_stored,
+                   mssql_column_text(values, columns, 6)) ||
+        !copy_text(a->api_key, sizeof a->api_key, api_key) ||
+        (a->grant == GRANT_TOKEN && a->token_id != 0 && a->api_key[0] == '\0'))
+        return err_set(err, ERR_BAD_VALUE, "token %lld has no usable CompanyID or ApiKey",
+                       (long long)a->token_id);
+    return ERR_NONE;
+}
+
+static bool take_acquired(void *context, size_t columns, const char *const *names,
+                          const struct store_value *values)
+{
+    struct store_acquire *a = find_item(context, values, columns);
+
+    (void)names;
+    if (a == NULL)
+        return true;
+    clear_acquired(a);
+    a->err = (struct err){0};
+    a->code = read_acquired(a, values, columns, &a->err);
+    if (a->code != ERR_NONE)
+        clear_acquired(a);
+    return true;
+}
+
+enum err_code mssql_acquire(void *self, struct store_acquire *const *items, size_t count,
+                            struct err *err)
+{
+    struct answers answers = {.count = count};
+    void *untyped[BATCH_MAX];
+    struct buf json;
+    enum err_code code = ERR_NONE;
+
+    if (count > BATCH_MAX)
+        return err_set(err, ERR_INTERNAL, "a batch is too large");
+    buf_init(&json, ITEMS_MAX);
+    answers.items = untyped;
+    for (size_t i = 0; i < count; i++) {
+        untyped[i] = items[i];
+        clear_acquired(items[i]);
+        items[i]->err = (struct err){0};
+        items[i]->code = mssql_check_acquire(items[i], &items[i]->err);
+        if (items[i]->code == ERR_NONE)
+            add_acquire(&json, i, items[i]);
+        else
+            answers.has_row[i] = true; /* its outcome stands */
+    }
+    if (json.len > 0 || !buf_ok(&json))
+        code = call_with_items(self, "dbo.usp_AcquireTokens", &json, take_acquired, &answers, err);
+    buf_reset(&json);
+    for (size_t i = 0; i < count; i++) {
+        if (code == ERR_NONE && answers.has_row[i])
+            continue;
+        if (code != ERR_NONE && items[i]->code == ERR_BAD_VALUE)
+            continue; /* that is true whatever became of the batch */
+        clear_acquired(items[i]);
+        items[i]->code = err_set(&items[i]->err, code != ERR_NONE ? code : ERR_INTERNAL, "%s",
+                                 code != ERR_NONE ? err->message : no_row);
+    }
+    return code;
+}
+
+/* ---- settle ---- */
+
+static void clear_settled(struct store_settlement *s)
+{
+    s->threshold_crossed = false;
+    s->exceeded = false;
+    s->disabling_stopped = false;
+}
+
+static void add_settlement(struct buf *json, size_t i, const struct store_settlement *s)
+{
+    const struct usage *u = &s->usage;
+    char logged[CLOCK_TEXT_SIZE];
+
+    clock_format(s->logged_ms != 0 ? s->logged_ms : clock_wall_ms(), logged);
+    begin_item(json, i);
+    add_text(json, "requestId", s->request_id);
+    add_int(json, "tokenId", s->token_id);
+    add_text(json, "companyId", s->company_id);
+    add_text(json, "branch", s->branch);
+    add_text(json, "requestedBy", s->requested_by);
+    add_text(json, "clientKeyId", s->client_key_id);
+    add_text(json, "tokenSource", s->token_source);
+    add_cut(json, "model", s->model, MODEL_MAX);
+    add_int(json, "inputTokens", u->input_tokens);
+    add_int(json, "outputTokens", u->output_tokens);
+    add_int(json, "textPromptTokens", u->text_prompt_tokens);
+    add_int(json, "imagePromptTokens", u->image_prompt_tokens);
+    add_int(json, "textCandidatesTokens", u->text_candidates_tokens);
+    add_int(json, "thoughtsTokens", u->thoughts_tokens);
+    add_int(json, "cachedTokens", u->cached_tokens);
+    add_int(json, "totalTokens", u->total_tokens);
+    add_int(json, "requestCount", s->request_count);
+    add_int(json, "unknownCalls", s->unknown_calls);
+    add_int(json, "durationMs", s->duration_ms);
+    add_text(json, "loggedAt", logged);
+    add_fault(json, &s->fault);
+    end_item(json);
+}
+
+/* i, Code, Message, ThresholdCrossed, Exceeded, DisablingStopped */
+static bool take_settled(void *context, size_t columns, const char *const *names,
+                         const struct store_value *values)
+{
+    struct store_settlement *s = find_item(context, values, columns);
+
+    (void)names;
+    if (s == NULL)
+        return true;
+    clear_settled(s);
+    s->err = (struct err){0};
+    s->code = read_code(values, columns, &s->err);
+    if (s->code == ERR_NONE) {
+        s->threshold_crossed = mssql_column_int(values, columns, 3) != 0;
+        s->exceeded = mssql_column_int(values, columns, 4) != 0;
+        s->disabling_stopped = mssql_column_int(values, columns, 5) != 0;
+    }
+    return true;
+}
+
+enum err_code mssql_settle(void *self, struct store_settlement *const *items, size_t count,
+                           struct err *err)
+{
+    struct answers answers = {.count = count};
+    void *untyped[BATCH_MAX];
+    struct buf json;
+    enum err_code code = ERR_NONE;
+
+    if (count > BATCH_MAX)
+        return err_set(err, ERR_INTERNAL, "a batch is too large");
+    buf_init(&json, ITEMS_MAX);
+    answers.items = untyped;
+    for (size_t i = 0; i < count; i++) {
+        untyped[i] = items[i];
+        clear_settled(items[i]);
+        items[i]->err = (struct err){0};
+        items[i]->code = mssql_check_settlement(items[i], &items[i]->err);
+        if (items[i]->code == ERR_NONE)
+            add_settlement(&json, i, items[i]);
+        else
+            answers.has_row[i] = true; /* its outcome stands */
+    }
+    if (json.len > 0 || !buf_ok(&json))
+        code = call_with_items(self, "dbo.usp_SettleUsage", &json, take_settled, &answers, err);
+    buf_reset(&json);
+    for (size_t i = 0; i < count; i++) {
+        if (code == ERR_NONE && answers.has_row[i])
+            continue;
+        if (code != ERR_NONE && items[i]->code == ERR_BAD_VALUE)
+            continue; /* that is true whatever became of the batch */
+        clear_settled(items[i]);
+        items[i]->code = err_set(&items[i]->err, code != ERR_NONE ? code : ERR_INTERNAL, "%s",
+                                 code != ERR_NONE ? err->message : no_row);
+    }
+    return code;
+}

@@ -8,6 +8,10 @@
 A stack is a directory with nginx, a unix socket, spawn-fcgi, multiwatch, N processes and a store. When it
 ends, its processes must have ended too, and neither a sanitizer nor an unexpected line may stand on its
 standard error.
+
+The store is the embedded one; with EXTRACT_TEST_STORE=mssql all of it runs over tests/tds_server instead, or over the
+live server that MSSQL_SERVER, MSSQL_USER and MSSQL_PASSWORD_FILE name (MSSQL_ENCRYPT and MSSQL_CA_FILE where needed), each
+stack in a database of its own. Tests of what only the embedded store has are skipped then (EMBEDDED).
 """
 from __future__ import annotations
 
@@ -26,12 +30,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +45,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("BUILD", ROOT / "build")).resolve()
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin") or "nginx"
-sys.path[:0] = [str(ROOT / "tests" / "emulator"), str(ROOT / "tests" / "samples")]
+sys.path[:0] = [str(ROOT / "tests" / name) for name in ("emulator", "samples", "tds_server")]
 
+from tds import Closed  # noqa: E402
+from tds_client import Connection, SqlError  # noqa: E402
+from tds_process import TdsServer  # noqa: E402
+
+# Taken out: the programs refuse variables of theirs that they do not know.
+TEST_STORE = os.environ.pop("EXTRACT_TEST_STORE", "sqlite")
 PATIENCE = 30.0  # seconds: an upper bound for what must happen, never a delay
 
 # Quick retries for tests; what a test is about it sets itself.
@@ -173,6 +184,132 @@ def tls_front(_emulator: Emulator, certificate: Path) -> Iterator[TlsFront]:
     shutil.rmtree(directory)
 
 
+# ---- SQL Server, live or tests/tds_server ----
+
+# What only the embedded store has: its file, its locks, its SQL.
+EMBEDDED = {"test_store_without_schema", "test_three_processes_start_at_once_on_a_missing_store",
+            "test_check_names_what_is_wrong"}
+
+
+# Said on standard error, since there is no table for it yet.
+SETTING_UP = r"^\S+Z INFO store_mssql_\w+ \S+ \w+ setting up the schema"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if TEST_STORE == "mssql":
+        for item in items:
+            if item.name.partition("[")[0] in EMBEDDED:
+                item.add_marker(pytest.mark.skip(reason="of the embedded store only"))
+
+
+def to_tsql(statement: str) -> str:
+    """The few spellings of tests' statements that SQL Server has otherwise."""
+    for old, new in ((r"\bIFNULL\(", "COALESCE("), (r"\bSUBSTR\(", "SUBSTRING("), (r"\?\d", "?"),
+                     (r"STRFTIME\('%Y-%m-%dT%H:%M:%fZ', 'now', '\+0\.5 seconds'\)",
+                      "DATEADD(MILLISECOND, 500, SYSUTCDATETIME())")):
+        statement = re.sub(old, new, statement, flags=re.I)
+    return statement
+
+
+class SqlServer:
+    """Databases for stacks, each of its own."""
+
+    def __init__(self, address: str, user: str, password_file: Path, encrypt: str, ca_file: str,
+                 tds: TdsServer | None = None) -> None:
+        self.address, self.user, self.password_file, self.tds = address, user, password_file, tds
+        self.settings = {"EXTRACT_STORE_DRIVER": "mssql", "EXTRACT_STORE_SERVER": address, "EXTRACT_STORE_USER": user,
+                         "EXTRACT_STORE_PASSWORD_FILE": str(password_file), "EXTRACT_STORE_ENCRYPT": encrypt,
+                         **({"EXTRACT_STORE_CA_FILE": ca_file} if ca_file else {})}
+        self.databases: dict[Path, str] = {}
+        self.sessions: dict[str, Connection] = {}
+        self.lock = threading.RLock()
+
+    @staticmethod
+    def of(tds: TdsServer, encrypt: str = "require") -> SqlServer:
+        port = tds.address.rpartition(":")[2]
+        return SqlServer(f"localhost:{port}", "sa", tds.password_file, encrypt,
+                         str(tds.directory / "tls/good.pem") if encrypt == "require" else "", tds)
+
+    def connect(self, database: str = "") -> Connection:
+        password = self.password_file.read_text().rstrip("\r\n")
+        host, _, port = self.address.rpartition(":")
+        return Connection(f"{host.replace('localhost', '127.0.0.1')}:{port}", self.user, password, database, PATIENCE)
+
+    def database(self, directory: Path) -> str:
+        """The database of a stack in this directory; made when first asked for."""
+        with self.lock:
+            if directory not in self.databases:
+                name = f"extract_e2e_{uuid.uuid4().hex[:12]}"
+                with closing(self.connect()) as connection:
+                    connection.query(f"CREATE DATABASE {name}")
+                self.databases[directory] = name
+            return self.databases[directory]
+
+    def sql(self, directory: Path, statement: str, *values: Any) -> list[dict[str, Any]]:
+        name = self.database(directory)
+        if re.search(r"\?\d", statement):  # numbered: each in its place
+            values = tuple(values[int(n) - 1] for n in re.findall(r"\?(\d)", statement))
+        with self.lock:
+            for last in (False, True):
+                if name not in self.sessions:
+                    self.sessions[name] = self.connect(name)
+                try:
+                    return self.sessions[name].rows(to_tsql(statement), *values)
+                except (Closed, OSError):
+                    self.sessions.pop(name).close()
+                    if last:
+                        raise
+        raise AssertionError
+
+    def drop(self, directory: Path) -> None:
+        with self.lock:
+            name = self.databases.pop(directory, None)
+            if name is None:
+                return
+            if name in self.sessions:
+                self.sessions.pop(name).close()
+
+        def dropped() -> bool:  # connections just closed may hold it for a moment
+            with closing(self.connect()) as connection:
+                try:
+                    connection.query(f"DROP DATABASE {name}")
+                    return True
+                except SqlError:
+                    return False
+
+        eventually(dropped, f"{name} is dropped")
+
+    def close(self) -> None:
+        for directory in list(self.databases):
+            self.drop(directory)
+
+
+def live_server() -> SqlServer | None:
+    """The server that the environment names."""
+    address = os.environ.get("MSSQL_SERVER")
+    if not address:
+        return None
+    ca_file = os.environ.get("MSSQL_CA_FILE", "")
+    return SqlServer(address, os.environ["MSSQL_USER"], Path(os.environ["MSSQL_PASSWORD_FILE"]).resolve(),
+                     os.environ.get("MSSQL_ENCRYPT") or ("require" if ca_file else "off"), ca_file)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where stacks have their store when EXTRACT_TEST_STORE says so."""
+    if TEST_STORE != "mssql":
+        yield
+        return
+    tds = None if os.environ.get("MSSQL_SERVER") else TdsServer(tmp_path_factory.mktemp("tds"), "on")
+    Stack.sql_server = SqlServer.of(tds) if tds else live_server()
+    yield
+    if Stack.sql_server is not None and tds is None:
+        Stack.sql_server.close()
+    if tds is not None:
+        tds.stop()
+    Stack.sql_server = None
+
+
 # ---- a stack ----
 
 
@@ -260,9 +397,12 @@ class FastCgi:
 class Stack:
     """An nginx, a pool and a store in a directory."""
 
+    sql_server: SqlServer | None = None  # None: the embedded store
+
     def __init__(self, emulator: Emulator, certificate: Path, *, processes: int = 1, by_path: bool = False,
                  base_url: str | None = None, env: dict[str, str] | None = None,
-                 directory: Path | None = None) -> None:
+                 directory: Path | None = None, sql_server: SqlServer | None = None) -> None:
+        self.sql_server = sql_server or Stack.sql_server
         self.own_directory = directory is None
         self.dir = directory or Path(tempfile.mkdtemp(prefix="extract-stack-"))
         self.dir.chmod(0o755)
@@ -279,7 +419,10 @@ class Stack:
             "EXTRACT_SERVER_STATE_DIR": str(self.dir),
             "EXTRACT_SERVER_RUNTIME_DIR": str(self.dir),
             "EXTRACT_GEMINI_BASE_URL": base_url or emulator.url,
-        } | (env or {})
+        }
+        if self.sql_server is not None:
+            self.env |= self.sql_server.settings | {"EXTRACT_STORE_DATABASE": self.sql_server.database(self.dir)}
+        self.env |= env or {}
         if by_path:
             (self.dir / "server.d" / "transport.conf").symlink_to(ROOT / "nginx/extract-fcgi-body-file.conf")
             self.env["EXTRACT_SERVER_BODY_FILE_DIR"] = str(self.dir / "body")
@@ -322,8 +465,10 @@ class Stack:
             self.nginx.wait(PATIENCE)
             self.stderr.close()
         noise = [line for line in (self.dir / "pool.log").read_text(errors="replace").splitlines()
-                 if not any(re.search(pattern, line) for pattern in self.allowed_stderr)]
+                 if not any(re.search(pattern, line) for pattern in [*self.allowed_stderr, SETTING_UP])]
         if self.own_directory:
+            if self.sql_server is not None:
+                self.sql_server.drop(self.dir)
             shutil.rmtree(self.dir)
         assert not noise, "on standard error:\n" + "\n".join(noise[:60])
 
@@ -382,6 +527,8 @@ class Stack:
         return int(added.stdout)
 
     def sql(self, statement: str, *values: Any) -> list[dict[str, Any]]:
+        if self.sql_server is not None:
+            return self.sql_server.sql(self.dir, statement, *values)
         with closing(sqlite3.connect(self.dir / "store.db", timeout=PATIENCE, isolation_level=None)) as db:
             db.row_factory = sqlite3.Row
             return [dict(row) for row in db.execute(statement, values)]
@@ -391,12 +538,33 @@ class Stack:
         return eventually(lambda: (r := self.sql(statement, *values)) if len(self.sql(statement, *values)) >= count
                           else None, f"{count} row(s): {statement}")
 
+    @contextmanager
+    def store_away(self) -> Iterator[None]:
+        """Nothing can be written to the store, and nobody is told why: calls wait until they give up."""
+        if self.sql_server is None:
+            with closing(sqlite3.connect(self.dir / "store.db", timeout=PATIENCE, isolation_level=None)) as db:
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                finally:
+                    db.execute("ROLLBACK")
+            return
+        if self.sql_server.tds is None:
+            pytest.skip("a live server cannot be sent away")
+        self.sql_server.tds.control(do="away", away=True)
+        try:
+            yield
+        finally:
+            self.sql_server.tds.control(do="away", away=False)
+
     def balanced(self) -> None:
         """The equations of the store: sums equal rows, nothing is reserved by nobody."""
         for row in self.sql("""
                 SELECT t.TokenID, t.TotalTokenLimit AS "limit", s.TotalUsedTokens AS used,
                        s.TotalRemainingTokens AS remaining, s.ReservedTokens AS reserved,
-                       (SELECT IFNULL(SUM(TotalTokensUsed), 0) FROM TokenUsageLogs l WHERE l.TokenID = t.TokenID) AS logged,
+                       (SELECT IFNULL(SUM(TotalTokensUsed), 0) FROM TokenUsageLogs l WHERE l.TokenID = t.TokenID)
+                       + (SELECT IFNULL(SUM(TotalTokensUsed), 0) FROM TokenUsageMonthly m WHERE m.TokenID = t.TokenID)
+                       AS logged,
                        (SELECT IFNULL(SUM(EstimatedTokens), 0) FROM TokenReservations r
                         WHERE r.TokenID = t.TokenID AND r.State = 'open') AS held
                 FROM TokenMaster t JOIN TokenUsageSummary s ON s.TokenID = t.TokenID"""):

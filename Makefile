@@ -17,7 +17,7 @@ sbindir    ?= $(prefix)/sbin
 datadir    ?= $(prefix)/share
 DESTDIR    ?=
 
-LIBRARIES := fcgi libcurl json-c inih sqlite3 libcrypto
+LIBRARIES := fcgi libcurl json-c inih sqlite3 libcrypto libsodium
 WARNINGS  := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes \
              -Wmissing-prototypes -Wvla -Wundef -Wwrite-strings $(if $(WERROR),-Werror)
 HARDENING := -fstack-protector-strong -fstack-clash-protection -fcf-protection -fPIE \
@@ -41,7 +41,7 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 
 # What Debian 12 calls what is needed: to build, to run and to test.
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
-                  libsqlite3-dev libssl-dev libunistring-dev freetds-dev
+                  libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
 TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm freetds-bin
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev

@@ -1,7 +1,7 @@
-"""nginx/ as it ships: limits, nginx's own answers, CORS, what is for this machine only, and the log.
+"""nginx/ as it ships: limits, nginx's own answers, CORS, what is refused, the log, and the site for production.
 
-The client is curl, which speaks HTTP/2. Behind nginx is the real pool, but for the ways to die, which a stand-in
-dies on demand.
+The client is curl, which speaks HTTP/2, or a socket where a client should misbehave. Behind nginx is the real pool, or
+a stand-in that dies on demand and shows what reached it. The site is installed as nginx/README.md says.
 """
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ BOTH = pytest.mark.parametrize("http", [1, 2], ids=["http1", "http2"])
 CORS = {"access-control-allow-origin": [ALLOWED], "vary": ["Origin"],
         "access-control-expose-headers": ["X-Request-ID, Retry-After"]}
 FORM = ["-F", "file=@/etc/hostname;type=application/pdf", "-F", "companyID=nobody", "-F", "username=anna"]
+HARDENED = {"x-content-type-options": ["nosniff"], "referrer-policy": ["no-referrer"], "cache-control": ["no-store"],
+            "content-security-policy": ["default-src 'none'; frame-ancestors 'none'"], "server": ["nginx"]}
 
 
 class Reply:
@@ -60,6 +64,30 @@ def curl(url: str, *arguments: str) -> Reply:
     return Reply(out.stdout)
 
 
+def is_hardened(reply: Reply) -> None:
+    """Has it what an answer of JSON should have, once, and nothing that tells of the machine?"""
+    assert {name: reply.headers.get(name) for name in HARDENED} == HARDENED
+    assert not {"x-powered-by", "via", "set-cookie", "etag"} & reply.headers.keys()
+    assert not re.search(rb"nginx|/tmp|/etc|/var|/run|fcgi", reply.body)
+
+
+def raw(port: int, request: bytes, source: str = "127.0.0.1") -> bytes:
+    """All that comes back until the server closes; over plain HTTP."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE, (source, 0)) as client:
+        client.sendall(request)
+        return until_closed(client)
+
+
+def until_closed(client: socket.socket) -> bytes:
+    out = b""
+    try:
+        while piece := client.recv(1 << 16):
+            out += piece
+    except ConnectionResetError:
+        pass
+    return out
+
+
 def url(stack: Stack | Front, path: str = "/extract", http: int = 2) -> str:
     return f"https://127.0.0.1:{stack.https_port}{path}" if http == 2 else f"http://127.0.0.1:{stack.port}{path}"
 
@@ -75,6 +103,7 @@ def is_own(reply: Reply, status: int, code: str, retryable: bool, spent: bool, r
     assert reply["X-Request-ID"] == problem["request_id"]
     assert reply["Content-Type"] == "application/problem+json"
     assert reply["Retry-After"] == retry_after
+    is_hardened(reply)
 
 
 def is_the_applications(reply: Reply, status: int, code: str) -> None:
@@ -82,6 +111,7 @@ def is_the_applications(reply: Reply, status: int, code: str) -> None:
     assert reply["X-Request-ID"] == json.loads(reply.body)["request_id"]
     assert re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", reply["X-Request-ID"] or "")
     assert reply["Content-Type"] == "application/problem+json"
+    is_hardened(reply)
 
 
 # ---- limits ----
@@ -182,15 +212,17 @@ def test_pool_that_takes_nothing(make_stack: Callable[..., Stack], trouble: Call
 
 
 class StandIn:
-    """A FastCGI server that reads a request and then does what its header X-Do says."""
+    """A FastCGI server that answers "{}", or does what the query's do= says."""
 
     def __init__(self, path: Path) -> None:
-        self.seen: list[bytes] = []  # parameters, as they came
+        self.connections = 0
+        self.seen: list[dict[str, str]] = []  # the parameters of each request
+        self.answered = 0
         self.over = threading.Event()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(path))
         path.chmod(0o777)
-        self.listener.listen(64)
+        self.listener.listen(256)
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self) -> None:
@@ -199,6 +231,7 @@ class StandIn:
                 connection, _ = self.listener.accept()
             except OSError:
                 return
+            self.connections += 1
             threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
 
     def serve(self, connection: socket.socket) -> None:
@@ -208,20 +241,44 @@ class StandIn:
                 _, kind, _, size, padding, _ = struct.unpack(">BBHHBB", head)
                 content = stream.read(size + padding)[:size]
                 params += content if kind == FastCgi.PARAMS else b""
-                if kind == FastCgi.STDIN and size == 0 or kind == FastCgi.PARAMS and b"HTTP_X_DOdie early" in params:
+                if kind == FastCgi.STDIN and size == 0 or kind == FastCgi.PARAMS and b"do=die-early" in params:
                     break
-            self.seen.append(params)
-            do = params.partition(b"HTTP_X_DO")[2]
-            if do.startswith(b"die in header"):
+            values = self.parse(params)
+            self.seen.append(values)
+            do = values["QUERY_STRING"].partition("do=")[2]
+            if do == "die-in-header":
                 self.write(connection, b"X-Request-ID: 0190\n")
-            elif do.startswith(b"die in body"):
+            elif do == "die-in-body":
                 self.write(connection, b"Content-Type: text/plain\r\nContent-Length: 1000\r\n\r\nabc")
-            elif do.startswith(b"silence"):
+            elif do == "silence":
                 self.over.wait(PATIENCE)
+            elif not do.startswith("die"):
+                size = 32 << 20 if do == "much" else 0
+                head = b"Content-Type: application/json\r\nCache-Control: no-store\r\n\r\n"
+                self.write(connection, head + b"{}" + bytes(size))
+                self.answered += 1
+                connection.sendall(struct.pack(">BBHHBB8x", 1, FastCgi.END, 1, 8, 0, 0))
+
+    @staticmethod
+    def parse(params: bytes) -> dict[str, str]:
+        values, at = {}, 0
+        while at < len(params):
+            sizes = []
+            for _ in range(2):
+                width = 4 if params[at] & 0x80 else 1
+                sizes.append(int.from_bytes(params[at:at + width], "big") & 0x7FFFFFFF)
+                at += width
+            name, value = params[at:at + sizes[0]], params[at + sizes[0]:at + sum(sizes)]
+            assert name.decode() not in values, f"{name!r} twice"
+            values[name.decode()] = value.decode("latin-1")
+            at += sum(sizes)
+        return values
 
     @staticmethod
     def write(connection: socket.socket, content: bytes) -> None:
-        connection.sendall(struct.pack(">BBHHBB", 1, FastCgi.STDOUT, 1, len(content), 0, 0) + content)
+        for at in range(0, len(content), 0xFFFF):
+            piece = content[at:at + 0xFFFF]
+            connection.sendall(struct.pack(">BBHHBB", 1, FastCgi.STDOUT, 1, len(piece), 0, 0) + piece)
 
     def close(self) -> None:
         self.over.set()
@@ -230,27 +287,36 @@ class StandIn:
 
 
 class Front:
-    """nginx with a stand-in behind it, which it knows as two servers; it waits 1 s for an answer, not 150."""
+    """nginx with a stand-in behind it, which it knows as two servers. Some of its times are others than shipped, and
+    proxies on 127.0.0.1 and 127.0.0.6 may name their clients in X-Client.
+    """
 
-    def __init__(self, directory: Path, certificate: Path) -> None:
+    def __init__(self, directory: Path, certificate: Path, times: dict[str, tuple[str, str]]) -> None:
         directory.chmod(0o755)
+        self.dir = directory
         self.port, self.https_port = free_port(), free_port()
         nginx = directory / "nginx"
         shutil.copytree(ROOT / "nginx", nginx)
-        text = (nginx / "extract-fcgi-locations.conf").read_text()
-        assert "fastcgi_read_timeout        150s;" in text
-        (nginx / "extract-fcgi-locations.conf").write_text(text.replace("fastcgi_read_timeout        150s;",
-                                                                        "fastcgi_read_timeout 1s;"))
+        for name, (old, new) in times.items():
+            file = next(f for f in nginx.glob("*.conf") if f"\n{name} " in f.read_text())
+            text, count = re.subn(rf"^{name}( +){old};", rf"{name} {new};", file.read_text(), flags=re.M)
+            assert count == 1, f"{name} is not {old}"
+            file.write_text(text)
         template = (nginx / "run.conf.in").read_text()
         assert "server unix:@SOCKET@;" in template
         (nginx / "run.conf.in").write_text(template.replace("server unix:@SOCKET@;",
                                                             "server unix:@SOCKET@ max_fails=0;" * 2))
         (directory / "server.d").mkdir()
+        (directory / "server.d/proxy.conf").write_text(
+            "set_real_ip_from 127.0.0.1; set_real_ip_from 127.0.0.6; real_ip_header X-Client;")
         shutil.copytree(certificate, directory / "tls")
         self.stand_in = StandIn(directory / "pool.sock")
         self.process = start_nginx(directory, nginx / "run.conf.in", DIR=directory, NGINX=nginx,
                                    SOCKET=directory / "pool.sock", HTTPS_PORT=self.https_port, HTTP_PORT=self.port)
         eventually(lambda: listening(self.port), "nginx listens")
+
+    def log(self) -> list[str]:
+        return (self.dir / "access.log").read_text().splitlines()
 
     def close(self) -> None:
         self.stand_in.close()
@@ -260,53 +326,79 @@ class Front:
 
 @pytest.fixture(scope="module")
 def front(certificate: Path) -> Iterator[Front]:
+    """It waits 1 s for an answer."""
     with tempfile.TemporaryDirectory(prefix="extract-front-") as name:
-        front = Front(Path(name), certificate)
+        front = Front(Path(name), certificate, {"fastcgi_read_timeout": ("150s", "1s")})
+        yield front
+        front.close()
+
+
+@pytest.fixture(scope="module")
+def impatient(certificate: Path) -> Iterator[Front]:
+    """It waits 1 s for its clients; what is shipped is longer than the tests wait, but for the header's time."""
+    times = {"client_header_timeout": ("15s", "1s"), "client_body_timeout": ("30s", "1s"),
+             "send_timeout": ("30s", "1s"), "keepalive_timeout": ("65s", "1s")}
+    with tempfile.TemporaryDirectory(prefix="extract-front-") as name:
+        front = Front(Path(name), certificate, times)
         yield front
         front.close()
 
 
 @BOTH
-@pytest.mark.parametrize("do", ["die", "die early", "die in header"])
+@pytest.mark.parametrize("do", ["die", "die-early", "die-in-header"])
 def test_process_that_dies(front: Front, do: str, http: int) -> None:
-    reply = curl(url(front, http=http), *FORM, "-H", f"X-Do: {do}", "-H", f"Origin: {ALLOWED}")
+    reply = curl(url(front, f"/extract?do={do}", http), *FORM, "-H", f"Origin: {ALLOWED}")
     is_own(reply, 502, "internal_error", False, True)
     assert reply.cors() == CORS
 
 
 @BOTH
 def test_process_that_does_not_answer(front: Front, http: int) -> None:
-    reply = curl(url(front, http=http), *FORM, "-H", "X-Do: silence", "-H", f"Origin: {ALLOWED}")
+    reply = curl(url(front, "/extract?do=silence", http), *FORM, "-H", f"Origin: {ALLOWED}")
     is_own(reply, 504, "deadline_exceeded", False, True)
     assert reply.cors() == CORS
 
 
 def test_process_that_dies_in_its_answer(front: Front) -> None:
     """The client sees that the answer is not whole."""
-    out = subprocess.run(["curl", "-sk", *FORM, "-H", "X-Do: die in body", url(front)],
+    out = subprocess.run(["curl", "-sk", *FORM, url(front, "/extract?do=die-in-body")],
                          capture_output=True, timeout=PATIENCE)
     assert out.returncode in (18, 92)
 
 
 def test_request_is_sent_once(front: Front) -> None:
     before = len(front.stand_in.seen)
-    curl(url(front), *FORM, "-H", "X-Do: die")
+    curl(url(front, "/extract?do=die"), *FORM)
     assert len(front.stand_in.seen) == before + 1
 
 
-def test_parameters(front: Front) -> None:
-    """What passes on to the application; a client's "Proxy:" header does not."""
-    curl(url(front, "/extract?a=b"), "-d", "x", "-H", "Proxy: http://evil", "-H", "Authorization: Bearer k",
-         "-H", "Idempotency-Key: i", "-H", "X-Do: die")
+@BOTH
+def test_parameters(front: Front, http: int) -> None:
+    """What passes on to the application: of a client's headers two, and nothing that looks like them."""
+    curl(url(front, "/extract?a=b", http), "-d", "x", "-H", "Authorization: Bearer k", "-H", "Idempotency-Key: i",
+         "-H", "Proxy: evil", "-H", "Idempotency_Key: evil", "-H", "Request-Body-File: evil", "-H", "Cookie: evil",
+         "-H", "Remote-Addr: evil", "-H", "X-Forwarded-For: 6.6.6.6", "-H", "X-Request-ID: evil", "-A", "evil")
     params = front.stand_in.seen[-1]
-    for pair in (b"REQUEST_METHODPOST", b"DOCUMENT_URI/extract", b"REQUEST_URI/extract?a=b", b"CONTENT_LENGTH1",
-                 b"HTTP_AUTHORIZATIONBearer k", b"HTTP_IDEMPOTENCY_KEYi", b"REMOTE_ADDR127.0.0.1", b"HTTPSon"):
-        assert pair in params, pair
-    assert re.search(rb"PROXY_REQUEST_ID[0-9a-f]{32}", params)
-    assert b"evil" not in params and b"REQUEST_BODY_FILE" not in params
+    assert re.fullmatch("[0-9a-f]{32}", params.pop("PROXY_REQUEST_ID")) and params.pop("REMOTE_PORT").isdigit()
+    assert params == {
+        "REQUEST_METHOD": "POST", "DOCUMENT_URI": "/extract", "SCRIPT_NAME": "/extract", "REQUEST_URI": "/extract?a=b",
+        "QUERY_STRING": "a=b", "CONTENT_TYPE": "application/x-www-form-urlencoded", "CONTENT_LENGTH": "1",
+        "GATEWAY_INTERFACE": "CGI/1.1", "SERVER_PROTOCOL": "HTTP/2.0" if http == 2 else "HTTP/1.1", "SERVER_NAME": "",
+        "SERVER_PORT": str(front.https_port if http == 2 else front.port), "REMOTE_ADDR": "127.0.0.1",
+        "HTTP_AUTHORIZATION": "Bearer k", "HTTP_IDEMPOTENCY_KEY": "i", **({"HTTPS": "on"} if http == 2 else {})}
 
 
-@pytest.mark.parametrize("raw, status", [
+def test_parameters_that_are_absent(front: Front) -> None:
+    """An empty header is like none, and so is one with an underscore."""
+    for http, key in ((1, "Idempotency-Key;"), (1, "Idempotency_Key: evil"), (2, "Idempotency_Key: evil")):
+        curl(url(front, http=http), "-d", "x", "-H", "Authorization;", "-H", key)
+        assert not [name for name in front.stand_in.seen[-1] if name.startswith("HTTP_")]
+
+
+# ---- malformed requests ----
+
+
+@pytest.mark.parametrize("request_, status", [
     (b"GET /" + b"a" * 40000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 40000 + b"\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\n\r\n", 400),
@@ -317,19 +409,124 @@ def test_parameters(front: Front) -> None:
     (b"POST /extract HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
     (b"TRACE / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
 ], ids=["uri", "header", "host", "version", "nonsense", "length", "encoding", "chunk", "trace"])
-def test_malformed_request(stack: Stack, raw: bytes, status: int) -> None:
-    with socket.create_connection(("127.0.0.1", stack.port), timeout=PATIENCE) as client:
-        client.sendall(raw)
-        out = b""
-        while not out.endswith(b"}") and (piece := client.recv(65536)):
-            out += piece
-    reply = Reply(out)
+def test_malformed_request(stack: Stack, request_: bytes, status: int) -> None:
+    reply = Reply(raw(stack.port, request_.replace(b"Host: x", b"Host: x\r\nConnection: close")))
     is_own(reply, status, "bad_request" if status == 400 else "method_not_allowed", False, False)
     assert status == 400 or reply["Allow"]
 
 
 def test_plain_http_on_the_tls_port(stack: Stack) -> None:
     is_own(curl(f"http://127.0.0.1:{stack.https_port}/extract"), 400, "bad_request", False, False)
+
+
+@pytest.mark.parametrize("head", [
+    "Content-Length: 4\r\nContent-Length: 40", "Content-Length: 4\r\nContent-Length: 4", "Content-Length: 4, 40",
+    "Content-Length: +4", "Content-Length: -1", "Content-Length: 0x4", "Content-Length: 4 0", "Content-Length:\r\n 4",
+    "Content-Length: 99999999999999999999", "Content-Length: 4\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: chunked\r\nContent-Length: 4", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: chunked, identity", "Transfer-Encoding: xchunked", "Transfer-Encoding: identity",
+    "Transfer-Encoding : chunked", "Transfer-Encoding\t: chunked", "Content-Length : 4",
+    "X-A: b\rContent-Length: 4\r\nTransfer-Encoding : chunked", "Content-Length: 4\0", "X-A: \0\r\nContent-Length: 4",
+    "Host: y\r\nContent-Length: 4", "Authorization: a\r\nAuthorization: b\r\nContent-Length: 4",
+])
+def test_two_ways_to_read_a_request(front: Front, head: str) -> None:
+    """Refused, the connection closed: what follows is nobody's request."""
+    before = len(front.stand_in.seen)
+    out = raw(front.port, (f"POST /extract HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n"
+                           "0\r\n\r\n"
+                           "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").encode("latin-1"))
+    is_own(Reply(out), 400, "bad_request", False, False)
+    assert out.count(b"HTTP/1.1") == 1 and len(front.stand_in.seen) == before
+
+
+@pytest.mark.parametrize("chunk", ["-1\r\nx", "0x1\r\nx", "fffffffffffffffff\r\nx", "1\r\nxx\r\n", "1 \n;\r\nx", ""])
+def test_malformed_chunk(front: Front, chunk: str) -> None:
+    before = len(front.stand_in.seen)
+    out = raw(front.port, ("POST /extract HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+                           f"{chunk}\r\n0\r\n\r\n"
+                           "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").encode())
+    is_own(Reply(out), 400, "bad_request", False, False)
+    assert out.count(b"HTTP/1.1") == 1 and len(front.stand_in.seen) == before
+
+
+def http2(connection: socket.socket, headers: list[tuple[str, str]], body: bytes) -> None:
+    """One request as it is, without a library's scruples, until its answer ends or it is reset."""
+    def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
+        return len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+
+    data, headers_, reset, settings, go_away = 0, 1, 3, 4, 7
+    block = b"".join(b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+                     for name, value in headers)  # literal, in no table
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(settings, 0, 0, b"")
+                       + frame(headers_, 4, 1, block) + frame(data, 1, 1, body))
+    with connection.makefile("rb") as stream:
+        while head := stream.read(9):
+            stream.read(int.from_bytes(head[:3], "big"))
+            if head[3] in (reset, go_away) or head[3] in (data, headers_) and head[4] & 1:
+                return
+
+
+def test_requests_of_one_connection(front: Front) -> None:
+    """A thousand, and by HTTP/2 so many at the same time."""
+    out = raw(front.port, b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" * 1001)
+    assert out.count(b"HTTP/1.1 404") == 1000
+    context = ssl.create_default_context(cafile=str(front.dir / "tls/cert.pem"))
+    context.set_alpn_protocols(["h2"])
+    with socket.create_connection(("127.0.0.1", front.https_port), PATIENCE) as plain, \
+            context.wrap_socket(plain, server_hostname="localhost") as connection, connection.makefile("rb") as stream:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        head = stream.read(9)
+        assert head[3] == 4  # SETTINGS
+        settings = dict(struct.iter_unpack(">HI", stream.read(int.from_bytes(head[:3], "big"))))
+    assert settings[3] == 64  # MAX_CONCURRENT_STREAMS
+
+
+@pytest.mark.parametrize("headers", [
+    [("content-length", "3")], [("content-length", "30")], [("content-length", "6"), ("content-length", "6")],
+    [("x-a", "b\r\ncontent-length: 3")], [("x\r\na", "b")], [("Content-Length", "6")], [("host", "other")],
+    [("content-length", "6"), ("transfer-encoding", "chunked")],
+    [("authorization", "a"), ("authorization", "b")], [(":path", "/healthz")], [(":authority", "other")],
+], ids=str)
+def test_two_ways_to_read_an_http2_request(front: Front, headers: list[tuple[str, str]]) -> None:
+    context = ssl.create_default_context(cafile=str(front.dir / "tls/cert.pem"))
+    context.set_alpn_protocols(["h2"])
+    usual = [(":method", "POST"), (":scheme", "https"), (":path", "/extract"), (":authority", "localhost")]
+
+    def reaches(more: list[tuple[str, str]]) -> bool:
+        before = len(front.stand_in.seen)
+        with socket.create_connection(("127.0.0.1", front.https_port), PATIENCE) as plain, \
+                context.wrap_socket(plain, server_hostname="localhost") as connection:
+            http2(connection, usual + more, b"abcdef")
+        return len(front.stand_in.seen) > before
+
+    assert reaches([("transfer-encoding", "chunked")])  # which does not exist in HTTP/2
+    assert front.stand_in.seen[-1]["CONTENT_LENGTH"] == "6"
+    assert not reaches(headers)
+
+
+def test_old_protocols(front: Front) -> None:
+    """HTTP/1.0 knows no chunks; HTTP/0.9 gets what HTTP/1 does."""
+    before = len(front.stand_in.seen)
+    chunked = Reply(raw(front.port, b"POST /extract HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"))
+    is_own(chunked, 400, "bad_request", False, False)
+    assert b"not_found" in raw(front.port, b"GET /metrics/\r\n")
+    assert len(front.stand_in.seen) == before
+
+
+@BOTH
+@pytest.mark.parametrize("path", ["/extract", "/healthz", "/metrics"])
+@pytest.mark.parametrize("method", ["TRACE", "PROPFIND", "LOCK", "MOVE", "PURGE", "SSTP_DUPLEX_POST"])
+def test_odd_method(front: Front, method: str, path: str, http: int) -> None:
+    before = len(front.stand_in.seen)
+    reply = curl(url(front, path, http), "-X", method, "-d", "x")
+    is_own(reply, 405, "method_not_allowed", False, False)
+    assert reply["Allow"] == "GET, HEAD, POST, OPTIONS" and len(front.stand_in.seen) == before
+
+
+def test_connect(front: Front) -> None:
+    for target, status, code in ((b"x:443", 400, "bad_request"), (b"/extract", 405, "method_not_allowed")):
+        out = raw(front.port, b"CONNECT " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        is_own(Reply(out), status, code, False, False)
 
 
 def test_upload_that_nginx_cannot_keep(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
@@ -343,6 +540,94 @@ def test_upload_that_nginx_cannot_keep(make_stack: Callable[..., Stack], tmp_pat
 @pytest.mark.parametrize("path", ["/", "/nothing", "/extract/", "/.extract-fcgi/413", "/.extract-fcgi/", "/admin"])
 def test_unknown_path(stack: Stack, path: str, http: int) -> None:
     is_own(curl(url(stack, path, http)), 404, "not_found", False, False)
+
+
+# ---- slow clients ----
+
+
+def stall(port: int, sent: bytes) -> list[socket.socket]:
+    """Clients that have sent this, and send nothing more."""
+    clients = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(20)]
+    for client in clients:
+        client.sendall(sent)
+    return clients
+
+
+HEAD = b"POST /extract HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent, tls, logged", [
+    (b"", True, 0), (b"", False, 0), (b"POST /extract HT", False, 20), (HEAD[:-2], False, 20), (HEAD, False, 20),
+    (HEAD + bytes(1000), False, 20), (HEAD + bytes(500000), False, 20),
+    (HEAD.replace(b"Content-Length: 1000000", b"Transfer-Encoding: chunked") + b"10\r\nabc", False, 20),
+], ids=["tls", "nothing", "line", "header", "body-begins", "body", "body-on-disk", "chunk"])
+def test_client_that_stalls(impatient: Front, sent: bytes, tls: bool, logged: int) -> None:
+    """No worker ever hears of it, whatever was sent; nginx hangs up."""
+    def hung_up() -> int:
+        return sum(" 408 " in line for line in impatient.log())
+
+    connections, before = impatient.stand_in.connections, hung_up()
+    clients = stall(impatient.https_port if tls else impatient.port, sent)
+    for client in clients:
+        with closing(client):
+            assert until_closed(client) == b""
+    assert impatient.stand_in.connections == connections
+    eventually(lambda: hung_up() == before + logged, "nginx has logged them")
+    assert curl(url(impatient, "/healthz")).status == 200
+
+
+def test_http2_upload_that_stalls(impatient: Front) -> None:
+    connections = impatient.stand_in.connections
+    with subprocess.Popen(["curl", "-sk", "-X", "POST", "-T", "-", url(impatient)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as client:
+        assert client.stdin is not None
+        client.stdin.write(bytes(1000))
+        client.stdin.flush()
+        eventually(lambda: any('"POST /extract HTTP/2.0" 408 ' in line for line in impatient.log()))
+        client.stdin.close()
+        assert client.wait(PATIENCE) in (55, 56, 92)  # the stream was reset
+    assert impatient.stand_in.connections == connections
+
+
+def test_client_that_does_not_read(impatient: Front) -> None:
+    """Its answer is taken from the worker at once; nginx holds it, and hangs up when nobody takes it."""
+    before = impatient.stand_in.answered
+    with socket.create_connection(("127.0.0.1", impatient.port), PATIENCE) as client:
+        client.sendall(b"GET /healthz?do=much HTTP/1.1\r\nHost: x\r\n\r\n")
+        eventually(lambda: impatient.stand_in.answered > before, "the worker is free")
+        line = eventually(lambda: next((line for line in impatient.log() if "/healthz?... " in line), None))
+        assert len(until_closed(client)) < 32 << 20
+    assert int(re.search(r"bytes_out=(\d+)", line)[1]) < 32 << 20
+
+
+def test_idle_connection_is_closed(impatient: Front) -> None:
+    out = raw(impatient.port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert out.count(b"HTTP/1.1 200") == 1
+
+
+def test_stalled_uploads_leave_the_pool_free(stack: Stack, emulator: Emulator, company: str, pdf: bytes) -> None:
+    """More of them than the pool has threads and places."""
+    stack.token(company)
+    clients = [client for _ in range(6) for client in stall(stack.port, HEAD + bytes(300000))]
+    assert stack.post(pdf, company).status == 200
+    assert stack.metric("extract_requests_queued") == stack.metric("extract_requests_in_flight") == 0
+    for client in clients:
+        client.close()
+
+
+def test_upload_on_disk_has_no_name(front: Front) -> None:
+    """It goes with the process that holds it, however that ends."""
+    def held() -> list[str]:
+        workers = subprocess.run(["pgrep", "-P", str(front.process.pid)], capture_output=True, text=True).stdout.split()
+        links = [os.readlink(fd) for pid in workers for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]
+        return [link for link in links if link.startswith(f"{front.dir}/body/")]
+
+    with socket.create_connection(("127.0.0.1", front.port), PATIENCE) as client:
+        client.sendall(HEAD + bytes(500000))
+        [link] = eventually(held)
+        assert link.endswith(" (deleted)")
+        assert [f for f in (front.dir / "body").rglob("*") if f.is_file()] == []
+    eventually(lambda: not held())
 
 
 # ---- the application's answers ----
@@ -378,6 +663,33 @@ def test_log_has_both_request_ids(stack: Stack, company: str, pdf: bytes) -> Non
     assert entry["Message"].endswith(f"proxy_request_id={found[1]}")
 
 
+@BOTH
+def test_log_has_no_secret(front: Front, http: int) -> None:
+    """Neither keys nor what a query says, whether a request is served or refused; the error log has no header."""
+    secret, client = os.urandom(8).hex(), f"client-{os.urandom(8).hex()}"
+    bearer, query = f"bearer-{secret}", f"query-{secret}"
+    for path in ("/extract", "/nothing", "/extract?do=die&", "/extract?do=silence&", "/metrics"):
+        curl(url(front, f"{path}{'' if '?' in path else '?'}{query}", http), "-d", "x", "-e", f"https://x/?{query}",
+             "-A", client, "-H", f"Authorization: Bearer {bearer}", "-H", f"Authorization_: {bearer}",
+             "-H", f"Cookie: {bearer}")
+    headers = f"Authorization: Bearer {bearer}\r\nConnection: close"
+    for end in ("HTTP/1.1\r\nHost: x", "x HTTP/1.1\r\nHost: x", "HTTP/1.1\r\nHost: x\r\nHost: x", "HTTP/9"):
+        raw(front.port, f"GET /{client}?{query} {end}\r\n{headers}\r\n\r\n".encode())
+    raw(front.port, f"\x16\x03GET {client}?{query}\r\n\r\n".encode())
+    eventually(lambda: sum(client in line for line in front.log()) == 10, "all are logged")
+    written = "".join(path.read_text() for path in front.dir.glob("*.log"))
+    assert secret not in (front.dir / "access.log").read_text() and bearer not in written
+    assert f'"POST /extract?... HTTP/{"2.0" if http == 2 else "1.1"}" 502 ' in written
+
+
+def test_log_is_one_line_a_request(front: Front) -> None:
+    """Whatever a client writes into it."""
+    raw(front.port, b'GET /no%0Athing"\xff HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
+        b'User-Agent: a" 200 \x1b[31m\r\n\r\n')
+    [line] = eventually(lambda: [line for line in front.log() if "/no%0Athing" in line])
+    assert r'"GET /no%0Athing\x22\xFF HTTP/1.1" 404 ' in line and line.endswith(r'"a\x22 200 \x1B[31m"')
+
+
 # ---- this machine only ----
 
 
@@ -390,6 +702,43 @@ def test_loopback_only(stack: Stack, path: str, http: int) -> None:
     else:
         assert here.status == 200
     is_own(curl(url(stack, path, http), "--interface", "127.0.0.2"), 404, "not_found", False, False)
+
+
+@pytest.mark.parametrize("path", [
+    "/metrics", "//metrics", "/./metrics", "/healthz/../metrics", "/extract/..//metrics", "/%6detrics", "/metrics%00",
+    "/metrics%0a", "/metrics?/healthz", "/metrics#/healthz", "/metrics/", "/metrics;/healthz", "/METRICS",
+    "/admin/tokens", "/admin%2ftokens", "/healthz/../admin/tokens", "/admin//tokens", "/.extract-fcgi/../admin/tokens",
+    "http://localhost/metrics", "https://127.0.0.1/admin/tokens"])
+def test_tricks_from_elsewhere(front: Front, path: str) -> None:
+    before = len(front.stand_in.seen)
+    for headers in ("Host: localhost", "Host: 127.0.0.1", "Host: x\r\nX-Forwarded-For: 127.0.0.1",
+                    "Host: x\r\nX-Forwarded-For: 1:", "Host: x\r\nX-Real-IP: ::1", "Host: x\r\nForwarded: for=::1",
+                    "Host: x\r\nX-Original-URL: /metrics", "Host: x\r\nX-Rewrite-URL: /metrics"):
+        request = f"GET {path} HTTP/1.1\r\n{headers}\r\nConnection: close\r\n\r\n"
+        reply = Reply(raw(front.port, request.encode(), "127.0.0.2"))
+        assert reply.status in (400, 404)
+        is_own(reply, reply.status, "not_found" if reply.status == 404 else "bad_request", False, False)
+    assert len(front.stand_in.seen) == before
+
+
+@BOTH
+@pytest.mark.parametrize("header", ["X-Forwarded-For: 127.0.0.1", "X-Forwarded-For: 203.0.113.9",
+                                    "X-Real-IP: 203.0.113.9", "Forwarded: for=203.0.113.9", "Via: 1.1 balancer",
+                                    "X-Client: 203.0.113.9"])
+@pytest.mark.parametrize("path", ["/readyz", "/metrics", "/admin/tokens"])
+def test_passed_on_by_a_proxy_of_this_machine(front: Front, path: str, header: str, http: int) -> None:
+    """It comes from 127.0.0.1, and yet from elsewhere."""
+    is_own(curl(url(front, path, http), "-H", header), 404, "not_found", False, False)
+    assert curl(url(front, path, http)).status == 200
+    assert curl(url(front, "/healthz", http), "-H", header).status == 200
+
+
+@pytest.mark.parametrize("client", ["127.0.0.1", "::1", "127.0.0.6"])
+def test_passed_on_by_another_machine(front: Front, client: str) -> None:
+    """A proxy that is believed may say that its client is here; it is the proxy that is not."""
+    for path in ("/readyz", "/metrics", "/admin/tokens"):
+        reply = curl(url(front, path), "--interface", "127.0.0.6", "-H", f"X-Client: {client}")
+        is_own(reply, 404, "not_found", False, False)
 
 
 def test_healthz_is_for_everybody(stack: Stack) -> None:
@@ -428,68 +777,324 @@ def test_other_origins(stack: Stack, origin: str) -> None:
 # ---- the site for production ----
 
 
+NAME = "invoices.example.org"  # as in nginx/README.md
+
+
+def can_bind(address: str) -> bool:
+    with closing(socket.socket(socket.AF_INET6)) as s:
+        try:
+            s.bind((address, 0))
+        except OSError:
+            return False
+        return True
+
+
+# The other address that the site listens on; on a machine without IPv6 a second one of IPv4.
+OTHER = "[::1]" if can_bind("::1") else "127.0.0.4"
+
+# What Debian's nginx.conf has, and what the site must not depend on.
+NGINX_CONF = """
+daemon off;
+pid @DIR@/run/nginx.pid;
+error_log @DIR@/error.log;
+events { worker_connections 768; }
+http {
+    sendfile on;
+    tcp_nopush on;
+    types_hash_max_size 2048;
+    default_type application/octet-stream;
+    ssl_protocols TLSv1 TLSv1.1 TLSv1.2 TLSv1.3;
+    ssl_prefer_server_ciphers on;
+    access_log @DIR@/var/log/nginx/access.log;
+    gzip on;
+    client_body_temp_path @DIR@/var/lib/nginx/body;
+    fastcgi_temp_path @DIR@/var/lib/nginx/fastcgi;
+    proxy_temp_path @DIR@/var/lib/nginx/proxy;
+    scgi_temp_path @DIR@/var/lib/nginx/scgi;
+    uwsgi_temp_path @DIR@/var/lib/nginx/uwsgi;
+    include @DIR@/etc/nginx/conf.d/*.conf;
+    include @DIR@/etc/nginx/sites-enabled/*;
+}
+"""
+
+
+class Site:
+    """The site as an administrator installs it, below a directory in the root's place; a stand-in behind it."""
+
+    def __init__(self, directory: Path, edit: Callable[[str], str] = lambda text: text) -> None:
+        """edit: what the administrator changes in it."""
+        directory.chmod(0o755)
+        self.dir, self.port, self.https_port = directory, free_port(), free_port()
+        for name in ("etc/nginx/sites-available", "etc/nginx/sites-enabled", "etc/nginx/conf.d", "var/log/nginx",
+                     "var/lib/nginx", "var/www/html/.well-known/acme-challenge", "run/extract-fcgi", "etc/ssl"):
+            (directory / name).mkdir(parents=True)
+        (directory / "etc/nginx/sites-available/default").write_text("server { listen 80 default_server; }\n")
+        (directory / "etc/nginx/sites-enabled/default").symlink_to("../sites-available/default")
+        subprocess.run(["sh", "-e"], input=self.below(installation()), cwd=ROOT / "nginx", text=True, check=True,
+                       capture_output=True)
+        (directory / "etc/ssl/extract-fcgi").chmod(0o755)  # nginx is not started by root in every test
+        site = directory / "etc/nginx/sites-available/extract-fcgi"
+        site.write_text(self.with_ports(self.below(edit(site.read_text()))))
+        (directory / "template").write_text(NGINX_CONF)
+        self.stand_in = StandIn(directory / "run/extract-fcgi/pool.sock")
+        self.process = start_nginx(directory / "etc/nginx", directory / "template", DIR=directory)
+        eventually(lambda: listening(self.https_port), "the site listens")
+        test = subprocess.run([NGINX, "-t", "-e", str(directory / "error.log"), "-c",
+                               str(directory / "etc/nginx/nginx.conf")], capture_output=True, text=True)
+        assert test.returncode == 0 and "[warn]" not in test.stderr, test.stderr
+
+    def below(self, text: str) -> str:
+        return re.sub(r"(?<=[\s':])/(?=(etc|var|run)/)", f"{self.dir}/", text)
+
+    def with_ports(self, text: str) -> str:
+        ports = {"80": self.port, "443": self.https_port}
+        text, count = re.subn(r"(?m)^( +listen +)(\[::\]:)?(80|443)\b",
+                              lambda m: f"{m[1]}{OTHER if m[2] else '127.0.0.1'}:{ports[m[3]]}", text)
+        assert count in (6, 8)
+        return text
+
+    def curl(self, path: str, *arguments: str, to: str = "127.0.0.1") -> Reply:
+        address = f"{NAME}:{self.https_port}"
+        return curl(f"https://{address}{path}", "--resolve", f"{address}:{to}", *arguments)
+
+    def fails(self, *arguments: str) -> int:
+        """How curl ends where no answer comes."""
+        out = subprocess.run(["curl", "-sik", "--max-time", str(PATIENCE), *arguments], capture_output=True)
+        assert out.stdout == b""
+        return out.returncode
+
+    def s_client(self, *arguments: str) -> str:
+        request = f"GET /healthz HTTP/1.1\nHost: {NAME}\nConnection: close\n\n" if "-ign_eof" in arguments else ""
+        out = subprocess.run(["openssl", "s_client", "-connect", f"127.0.0.1:{self.https_port}", "-servername", NAME,
+                              *arguments], input=request, capture_output=True, text=True, timeout=PATIENCE)
+        return out.stdout + out.stderr
+
+    def burst(self, *requests: str, source: str = "127.0.0.5") -> list[int]:
+        """All at once over one connection; the statuses."""
+        context = ssl.create_default_context(cafile=str(self.dir / "etc/ssl/extract-fcgi/cert.pem"))
+        with socket.create_connection(("127.0.0.1", self.https_port), PATIENCE, (source, 0)) as plain, \
+                context.wrap_socket(plain, server_hostname=NAME) as client:
+            heads = [f"{request}\r\nHost: {NAME}\r\n" for request in requests]
+            client.sendall(("\r\n".join(heads) + "Connection: close\r\n\r\n").encode())
+            found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", until_closed(client))]
+        assert len(found) == len(requests)
+        return found
+
+    def close(self) -> None:
+        self.stand_in.close()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(PATIENCE)
+
+
+def installation() -> str:
+    """The commands that nginx/README.md gives for installing the site, but for those that need a running nginx."""
+    section = (ROOT / "nginx/README.md").read_text().partition("## Installing the site\n")[2].partition("\n## ")[0]
+    commands = "\n".join(re.findall(r"(?m)^    (.*)$", section)).partition("\nnginx -t")[0]
+    assert commands.startswith("install -d /etc/nginx/extract-fcgi\n") and "openssl req" in commands
+    return commands
+
+
 @pytest.fixture(scope="module")
-def site(certificate: Path) -> Iterator[tuple[int, int, Path]]:
-    """The site as it is installed, in an nginx.conf like Debian's; only ports and directories are others."""
-    directory = Path(tempfile.mkdtemp(prefix="extract-site-"))
-    directory.chmod(0o755)
-    http, https = free_port(), free_port()
-    (directory / "extract-fcgi").mkdir()
-    for file in (ROOT / "nginx").glob("extract-fcgi-*.conf"):
-        shutil.copy(file, directory / "extract-fcgi")
-    shutil.copytree(certificate, directory / "tls")
-    text = (ROOT / "nginx/extract-fcgi.site.conf").read_text()
-    for old, new in {"      80;": f" 127.0.0.1:{http};", "[::]:80;": f"127.0.0.4:{http};",
-                     "      443 ssl": f" 127.0.0.1:{https} ssl", "[::]:443 ssl": f"127.0.0.4:{https} ssl",
-                     "/etc/ssl/extract-fcgi": f"{directory}/tls", "/var/log/nginx": str(directory),
-                     "/run/extract-fcgi": str(directory)}.items():
-        assert old in text
-        text = text.replace(old, new)
-    (directory / "site.conf").write_text(text)
-    temporary = "".join(f"{name}_temp_path {directory}/{name};" for name in
-                        ("client_body", "fastcgi", "proxy", "scgi", "uwsgi"))
-    (directory / "template").write_text(
-        f"daemon off; pid {directory}/nginx.pid; error_log {directory}/error.log; events {{}}\n"
-        f"http {{ {temporary} default_type application/octet-stream; gzip on; access_log {directory}/access.log;\n"
-        f"include {directory}/site.conf; }}\n")
-    process = start_nginx(directory, directory / "template")
-    test = subprocess.run([NGINX, "-t", "-p", str(directory), "-e", str(directory / "error.log"), "-c",
-                           str(directory / "nginx.conf")], capture_output=True, text=True)
-    assert test.returncode == 0 and "[warn]" not in test.stderr, test.stderr
-    eventually(lambda: listening(https), "the site listens")
-    yield http, https, directory
-    process.send_signal(signal.SIGTERM)
-    process.wait(PATIENCE)
-    shutil.rmtree(directory)
+def site() -> Iterator[Site]:
+    with tempfile.TemporaryDirectory(prefix="extract-site-") as name:
+        site = Site(Path(name))
+        yield site
+        site.close()
 
 
-def test_site_sends_to_https(site: tuple[int, int, Path]) -> None:
-    reply = curl(f"http://127.0.0.1:{site[0]}/extract?a=1", "-H", "Host: extract.example.com", "-d", "x")
-    assert (reply.status, reply["Location"]) == (308, "https://extract.example.com/extract?a=1")
+@pytest.fixture(scope="module")
+def balanced() -> Iterator[Site]:
+    """As the README says: behind a load balancer, 127.0.0.5; a monitoring host, 127.0.0.7, let in; a front end."""
+    def edit(text: str) -> str:
+        text, lines = re.subn(r"# (set_real_ip_from|real_ip_header|real_ip_recursive)\b", r"\1", text)
+        text, listens = re.subn(r"\n +listen +\S*443 .*default_server;", "", text)
+        assert (lines, listens) == (3, 2)
+        readme = (ROOT / "nginx/README.md").read_text()
+        [location] = re.findall(r"(?m)^    location = /metrics \{\n(?:     .*\n)+    \}\n", readme)
+        end = "    # Everything else."
+        assert text.count(end) == 1
+        text = text.replace(end, location.replace("192.0.2.5", "127.0.0.7") + end).replace("192.0.2.0/24", "127.0.0.5")
+        text, pages = re.subn(r"(Everything else\..*\n    location / \{\n)        return 404;",
+                              r"\1        root /var/www/html;", text)
+        assert pages == 1
+        return text
+
+    with tempfile.TemporaryDirectory(prefix="extract-site-") as name:
+        site = Site(Path(name), edit)
+        (site.dir / "var/www/html/page.css").write_text("body {}")
+        yield site
+        site.close()
 
 
-def test_site(site: tuple[int, int, Path]) -> None:
-    """HTTP/2, TLS 1.2 or later, HSTS also on errors, no origin allowed, nobody behind it."""
-    address = f"https://127.0.0.1:{site[1]}"
-    missing = curl(f"{address}/nothing", "-H", f"Origin: {ALLOWED}")
-    is_own(missing, 404, "not_found", False, False)
-    assert (missing.version, missing["Server"], missing.cors()) == ("HTTP/2", "nginx", {})
-    assert curl(f"{address}/extract", "--tls-max", "1.2").status == 503
-    refused = subprocess.run(["curl", "-sk", "--ciphers", "DEFAULT@SECLEVEL=0", "--tlsv1.1", "--tls-max", "1.1",
-                              address], capture_output=True)
-    assert refused.returncode == 35
-    absent = curl(f"{address}/extract", "-d", "x")
-    is_own(absent, 503, "overloaded", True, False, "5")
-    assert absent["Strict-Transport-Security"] == missing["Strict-Transport-Security"] == "max-age=63072000"
-    log = site[2] / "extract-fcgi.access.log"
-    eventually(lambda: f"request_id={absent['X-Request-ID']} app_request_id=-" in log.read_text())
+def test_site(site: Site) -> None:
+    """HTTP/2, no origin allowed, HSTS on every answer."""
+    answers = [site.curl("/healthz"), site.curl("/nothing", "-H", f"Origin: {ALLOWED}"),
+               site.curl("/extract?do=die", "-d", "x"), site.curl("/extract", "-X", "LOCK"),
+               site.curl("/extract", "-d", "x", "--http1.1"),
+               site.curl("/extract", "--http1.1", "-H", "Content-Length: 99999999999"),
+               site.curl("/", "--http1.1", "-H", "X-A: " + "a" * 9000)]
+    assert [answer.status for answer in answers] == [200, 404, 502, 405, 200, 413, 400]
+    assert [answer.version for answer in answers] == ["HTTP/2"] * 4 + ["HTTP/1.1"] * 3
+    for answer in answers:
+        assert answer["Strict-Transport-Security"] == "max-age=63072000" and answer.cors() == {}
+        is_hardened(answer)
+    log = site.dir / "var/log/nginx/extract-fcgi.access.log"
+    eventually(lambda: f"request_id={answers[1]['X-Request-ID']} app_request_id=-" in log.read_text())
+
+
+def test_site_sends_to_https(site: Site) -> None:
+    """Browsers, that is; a program that posts in the clear is told."""
+    address = f"http://127.0.0.1:{site.port}"
+    reply = curl(f"{address}/invoices?a=1", "-H", f"Host: {NAME}")
+    assert (reply.status, reply["Location"], reply["Server"]) == (308, f"https://{NAME}/invoices?a=1", "nginx")
+    before = len(site.stand_in.seen)
+    refused = curl(f"{address}/extract", "-H", f"Host: {NAME}", "-d", "x")
+    assert (refused.status, json.loads(refused.body)["code"], refused["Location"]) == (400, "bad_request", None)
+    assert refused["X-Request-ID"] == json.loads(refused.body)["request_id"]
+    assert len(site.stand_in.seen) == before
+    (site.dir / "var/www/html/.well-known/acme-challenge/token").write_text("proof")
+    challenge = curl(f"{address}/.well-known/acme-challenge/token", "-H", f"Host: {NAME}")
+    assert (challenge.status, challenge.body) == (200, b"proof")
+
+
+@pytest.mark.parametrize("arguments, shown", [
+    (["-tls1_3"], r"New, TLSv1\.3, Cipher is TLS_(AES_(128|256)_GCM|CHACHA20_POLY1305)_SHA"),
+    (["-tls1_2"], r"New, TLSv1\.2, Cipher is ECDHE-ECDSA-"),
+    (["-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-GCM-SHA256"], "Cipher is ECDHE-ECDSA-AES128-GCM-SHA256"),
+    (["-tls1_2", "-cipher", "ECDHE-ECDSA-AES256-GCM-SHA384"], "Cipher is ECDHE-ECDSA-AES256-GCM-SHA384"),
+    (["-tls1_2", "-cipher", "ECDHE-ECDSA-CHACHA20-POLY1305"], "Cipher is ECDHE-ECDSA-CHACHA20-POLY1305"),
+    (["-groups", "X25519"], "Server Temp Key: X25519"), (["-groups", "P-256"], "Server Temp Key: ECDH, prime256v1"),
+    (["-groups", "P-384"], "Server Temp Key: ECDH, secp384r1"),
+    (["-tls1_2", "-cipher", "ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-ECDSA-AES128-GCM-SHA256"],
+     "Cipher is ECDHE-ECDSA-CHACHA20"),
+    (["-tls1_2", "-reconnect"], "Reused, TLSv1.2"), (["-tls1_2"], "Compression: NONE"),
+    (["-tls1_3", "-ign_eof"], "Max Early Data: 0"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_tls(site: Site, arguments: list[str], shown: str) -> None:
+    """Mozilla's "intermediate": what it offers; the client's order of ciphers counts; no ticket, no early data."""
+    out = site.s_client(*arguments)
+    assert re.search(shown, out), out
+    assert "TLS session ticket:" not in out or "TLSv1.3" in out
+
+
+@pytest.mark.parametrize("arguments", [
+    ["-tls1_1", "-cipher", "ALL@SECLEVEL=0"], ["-tls1", "-cipher", "ALL@SECLEVEL=0"],
+    ["-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-SHA256"], ["-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-SHA@SECLEVEL=0"],
+    ["-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-CCM"], ["-tls1_2", "-cipher", "AES128-GCM-SHA256"],
+    ["-tls1_2", "-cipher", "DHE-RSA-AES128-GCM-SHA256"], ["-tls1_2", "-cipher", "aNULL@SECLEVEL=0"],
+    ["-groups", "P-521"], ["-tls1_3", "-groups", "X448"], ["-tls1_3", "-groups", "ffdhe2048"],
+], ids=" ".join)
+def test_tls_refuses(site: Site, arguments: list[str]) -> None:
+    out = site.s_client(*arguments)
+    assert "alert" in out and "no peer certificate available" in out, out
+
+
+def test_unknown_names(site: Site) -> None:
+    """No certificate without the site's name, and no answer where the request asks for another."""
+    address, before = f"https://127.0.0.1:{site.https_port}", len(site.stand_in.seen)
+    assert site.fails(address) == 35
+    other = f"other.example:{site.https_port}"
+    assert site.fails(f"https://{other}", "--resolve", f"{other}:127.0.0.1") == 35
+    ours = [f"https://{NAME}:{site.https_port}/healthz", "--resolve", f"{NAME}:{site.https_port}:127.0.0.1"]
+    for host in ("other.example", "localhost", "127.0.0.1", f"{NAME}.evil.example", f"evil.{NAME}"):
+        assert site.fails(*ours, "--http1.1", "-H", f"Host: {host}") in (52, 56)
+        assert site.fails(*ours, "-H", f"Host: {host}") in (16, 52, 56, 92)
+        assert site.fails(f"http://127.0.0.1:{site.port}/healthz", "-H", f"Host: {host}") in (52, 56)
+    assert raw(site.port, b"GET / HTTP/1.0\r\n\r\n") == b""
+    assert len(site.stand_in.seen) == before
+    assert site.curl("/healthz", "-H", f"Host: {NAME.upper()}.:443").status == 200
+
+
+@pytest.mark.parametrize("request_", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+                                      b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n"], ids=["nonsense", "host", "uri"])
+def test_malformed_request_without_a_name(site: Site, request_: bytes) -> None:
+    """nginx says what is wrong, and not who it is."""
+    for port in (site.port, site.https_port):
+        reply = Reply(raw(port, request_))
+        assert 400 <= reply.status < 500 and reply["Server"] == "nginx"
+        assert not re.search(rb"nginx/|/etc|/tmp|extract", reply.body)
+
+
+def test_plain_http_on_the_sites_tls_port(site: Site) -> None:
+    reply = curl(f"http://127.0.0.1:{site.https_port}/extract", "-H", f"Host: {NAME}", "-d", "x")
+    is_own(reply, 400, "bad_request", False, False)
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/metrics", "/admin/tokens"])
+def test_this_machine_is_also_its_ipv6_address(site: Site, path: str) -> None:
+    assert site.curl(path, "--interface", "127.0.0.1").status == 200
+    assert (site.curl(path, to=OTHER).status == 200) == (OTHER == "[::1]")
+    assert site.curl(path, "--interface", "127.0.0.2").status == 404
+
+
+def test_monitoring_host(balanced: Site) -> None:
+    metrics = balanced.curl("/metrics", "--interface", "127.0.0.7")
+    assert metrics.status == 200
+    is_hardened(metrics)
+    for source in ("127.0.0.1", "127.0.0.5", "127.0.0.8"):
+        is_own(balanced.curl("/metrics", "--interface", source), 404, "not_found", False, False)
+    is_own(balanced.curl("/readyz", "--interface", "127.0.0.7"), 404, "not_found", False, False)
+
+
+def test_front_end(balanced: Site) -> None:
+    """Its pages have no policy of ours, and caches may keep them; what is not there is answered as everywhere."""
+    page = balanced.curl("/page.css", "-H", f"Origin: {DENIED}")
+    assert (page.status, page.body) == (200, b"body {}")
+    assert page["Strict-Transport-Security"] and page["X-Content-Type-Options"] == "nosniff"
+    assert not {"content-security-policy", "cache-control", "x-request-id"} & page.headers.keys() and page.cors() == {}
+    is_own(balanced.curl("/nothing.css"), 404, "not_found", False, False)
+
+
+def test_balancer_that_says_no_name(balanced: Site) -> None:
+    assert curl(f"https://127.0.0.1:{balanced.https_port}/healthz", "--interface", "127.0.0.5").status == 200
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/metrics", "/admin/tokens"])
+def test_balancer_is_not_this_machine(balanced: Site, path: str) -> None:
+    """Whatever it says of its client."""
+    for header in ("A: b", "X-Forwarded-For: 127.0.0.1", "X-Forwarded-For: ::1", "X-Forwarded-For: ::1, 127.0.0.1",
+                   "X-Forwarded-For: 203.0.113.9", "X-Forwarded-For: unix:"):
+        is_own(balanced.curl(path, "--interface", "127.0.0.5", "-H", header), 404, "not_found", False, False)
+
+
+def test_address_behind_a_balancer(balanced: Site) -> None:
+    """The one that the balancer has seen; what its client or a stranger claims does not count."""
+    def seen(source: str, header: str) -> str:
+        assert balanced.curl("/healthz", "--interface", source, "-H", header).status == 200
+        return balanced.stand_in.seen[-1]["REMOTE_ADDR"]
+
+    assert seen("127.0.0.5", "X-Forwarded-For: 203.0.113.9") == "203.0.113.9"
+    assert seen("127.0.0.5", "X-Forwarded-For: 127.0.0.1, 203.0.113.9") == "203.0.113.9"
+    assert seen("127.0.0.5", "X-Forwarded-For: 203.0.113.9, 127.0.0.5") == "203.0.113.9"
+    assert seen("127.0.0.5", "X-Real-IP: 203.0.113.9") == "127.0.0.5"
+    assert seen("127.0.0.6", "X-Forwarded-For: 203.0.113.9") == "127.0.0.6"
+
+
+def test_limit_counts_the_client_not_its_balancer(balanced: Site) -> None:
+    """An IPv6 network counts as one, an IPv4 address by itself; what no process serves is not counted."""
+    def refused(*clients: str, path: str = "/healthz") -> int:
+        return balanced.burst(*(f"GET {path} HTTP/1.1\r\nX-Forwarded-For: {client}" for client in clients)).count(429)
+
+    assert refused(*(f"203.0.113.{n}" for n in range(120))) == 0
+    assert refused(*["198.51.100.1"] * 120) > 30
+    assert refused("198.51.100.2") == 0
+    assert refused(*(f"2001:db8:0:1::{n:x}" for n in range(120))) > 30
+    assert refused("2001:db8:0:1:a:b:c:d") == 1
+    assert refused(*(f"2001:db8:0:{n + 2:x}::1" for n in range(120))) == 0
+    assert refused(*["::ffff:198.51.100.3"] * 120) > 30
+    assert refused("::ffff:198.51.100.4") == 0
+    assert refused(*["127.0.0.1"] * 120) == 0
+    assert refused(*["198.51.100.5"] * 120, path="/page.css") == 0
 
 
 def test_site_agrees_with_the_service() -> None:
-    """Numbers that stand in two places: the limit of an upload, and times above the service's deadline."""
+    """Numbers that stand in two places: the limit of an upload, times above the service's deadline, limits."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("EXTRACT_")}
     config = subprocess.run([str(BUILD / "extract-fcgi"), "--check-config"], env=env, capture_output=True, text=True,
                             check=True).stdout
-    locations = (ROOT / "nginx/extract-fcgi-locations.conf").read_text()
-    assert "\nmax_upload = 50M\n" in config and re.search(r"^client_max_body_size +50m;", locations, re.M)
+    locations, site, run = ((ROOT / "nginx" / name).read_text() for name in
+                            ("extract-fcgi-locations.conf", "extract-fcgi.site.conf", "run.conf.in"))
+    assert "\nmax_upload = 50M\n" in config and re.search(r"^ +client_max_body_size 50m;", site, re.M)
     assert "\ndeadline = 2m\n" in config and re.search(r"^fastcgi_read_timeout +150s;", locations, re.M)
+    limits = r"(?m)^ *((?:limit_|client_max_body_size|set \$).*;)$"
+    assert re.findall(limits, site) == re.findall(limits, run) != []

@@ -78,6 +78,25 @@ static bool is_guarded(int fd)
     return false;
 }
 
+/* A duplicate of the descriptor where it is a socket; -1: it is none. A file's is never closed: the
+ * process's locks on the file, SQLite's, would end with any descriptor of it (fcntl(2)). So files are
+ * passed over; one that has just taken a socket's number, which next to never happens, stays open. */
+static int duplicate_socket(int fd)
+{
+    struct stat status;
+    int copy =
+        fstat(fd, &status) == 0 && S_ISSOCK(status.st_mode) ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
+
+    return copy >= 0 && fstat(copy, &status) == 0 && S_ISSOCK(status.st_mode) ? copy : -1;
+}
+
+static bool is_of_freetds(int fd)
+{
+    return has_option(fd, SOL_SOCKET, SO_PROTOCOL, IPPROTO_TCP) &&
+           has_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, FREETDS_KEEP_IDLE_S) &&
+           has_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, FREETDS_KEEP_INTERVAL_S);
+}
+
 /* Under the lock: resets what looks like the socket of a login. */
 static void reset_logins(void)
 {
@@ -85,13 +104,11 @@ static void reset_logins(void)
     const struct dirent *entry;
 
     while (directory != NULL && (entry = readdir(directory)) != NULL) {
-        int number = (int)strtol(entry->d_name, NULL, 10);
-        int fd = entry->d_name[0] == '.' ? -1 : fcntl(number, F_DUPFD_CLOEXEC, 0);
+        int fd =
+            entry->d_name[0] == '.' ? -1 : duplicate_socket((int)strtol(entry->d_name, NULL, 10));
         if (fd < 0)
             continue;
-        if (has_option(fd, SOL_SOCKET, SO_PROTOCOL, IPPROTO_TCP) &&
-            has_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, FREETDS_KEEP_IDLE_S) &&
-            has_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, FREETDS_KEEP_INTERVAL_S) && !is_guarded(fd))
+        if (is_of_freetds(fd) && !is_guarded(fd))
             reset_connection(fd);
         close(fd);
     }

@@ -436,10 +436,10 @@ static enum err_code scan_keyword(struct scanner *s, const struct keyword **keyw
         return err_set(err, ERR_CONFIG,
                        "what follows PWD is no keyword: a password that holds ; must stand in "
                        "braces, PWD={...}, and a } in it be written twice");
-    if (len == 0 || len > KEYWORD_MAX || text_fault(begin, len, 1, KEYWORD_MAX) != NULL)
-        return err_set(err, ERR_CONFIG, "not a list of KEYWORD=value; pairs");
     if (*keyword != NULL)
         return fault(err, *keyword, "there is no = after it");
+    if (s->at == s->end || *s->at != '=' || text_fault(begin, len, 1, KEYWORD_MAX) != NULL)
+        return err_set(err, ERR_CONFIG, "not a list of KEYWORD=value; pairs");
     return err_set(err, ERR_CONFIG, "%.*s: is no keyword that is known here: leave it out",
                    (int)len, begin);
 }

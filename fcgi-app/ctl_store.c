@@ -52,7 +52,7 @@ static bool missing_directory(const struct config *config, char *out, size_t siz
     const char *slash = strrchr(config->store.path, '/');
     int len = slash == NULL ? 0 : (int)(slash - config->store.path);
 
-    if (config->store.driver != DRIVER_SQLITE || len == 0)
+    if (len == 0)
         return false;
     return snprintf(out, size, "%.*s", len, config->store.path) < (int)size &&
            access(out, F_OK) != 0 && errno == ENOENT;
@@ -62,19 +62,16 @@ void ctl_store_remedy(const struct config *config, enum err_code code, char *out
 {
     char directory[256];
 
-    if (code == ERR_SCHEMA)
+    if (code == ERR_SCHEMA || config->store.driver != DRIVER_SQLITE)
         *out = '\0';
     else if (code == ERR_STORAGE_FULL)
         snprintf(out, size, "make room on the disk of %s", ctl_store_place(config));
     else if (missing_directory(config, directory, sizeof directory))
         snprintf(out, size, "make the directory %s for user %s, or correct store.path", directory,
                  ctl_user_name());
-    else if (config->store.driver == DRIVER_SQLITE)
+    else
         snprintf(out, size, "see that store.path is right and that user %s may write there",
                  ctl_user_name());
-    else
-        snprintf(out, size, "see that the server is up and that store.%s is right",
-                 config->store.connection_file[0] != '\0' ? "connection_file" : "server");
 }
 
 int ctl_store_error(const struct ctl *ctl, const struct err *err)

@@ -318,6 +318,7 @@ int main(int argc, char **argv)
     int status;
 
     log_set_level(LOG_WARNING);
+    unsetenv("SSLKEYLOGFILE"); /* TLS secrets go nowhere */
     status = read_options(&ctl, argc, argv);
     if (status != EXIT_OK)
         return status;

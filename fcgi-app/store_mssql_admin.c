@@ -64,7 +64,7 @@ enum err_code mssql_token_add(void *self, const char *actor, const struct store_
                               int64_t *token_id, struct err *err)
 {
     *token_id = 0;
-    if (mssql_check_actor(actor, err) != ERR_NONE || mssql_check_new_token(token, err) != ERR_NONE)
+    if (store_check_new_token(actor, token, err) != ERR_NONE)
         return err->code;
     return CHANGE(self, "dbo.usp_AddToken", token_id, err, mssql_text("@Actor", actor),
                   mssql_text("@CompanyID", token->company_id),
@@ -78,20 +78,17 @@ enum err_code mssql_token_add(void *self, const char *actor, const struct store_
 enum err_code mssql_token_set_status(void *self, const char *actor, int64_t token_id,
                                      const char *status, const char *reason, struct err *err)
 {
-    const char *known = NULL;
-
-    if (mssql_check_actor(actor, err) != ERR_NONE ||
-        mssql_check_status(status, reason, &known, err) != ERR_NONE)
+    if (store_check_status(actor, &status, reason, err) != ERR_NONE)
         return err->code;
     return CHANGE(self, "dbo.usp_SetTokenStatus", NULL, err, mssql_text("@Actor", actor),
-                  mssql_int("@TokenID", token_id), mssql_text("@Status", known),
+                  mssql_int("@TokenID", token_id), mssql_text("@Status", status),
                   mssql_text("@Reason", reason));
 }
 
 enum err_code mssql_token_set_key(void *self, const char *actor, int64_t token_id,
                                   const char *api_key, struct err *err)
 {
-    if (mssql_check_actor(actor, err) != ERR_NONE || mssql_check_key(api_key, err) != ERR_NONE)
+    if (store_check_key(actor, api_key, err) != ERR_NONE)
         return err->code;
     return CHANGE(self, "dbo.usp_SetTokenKey", NULL, err, mssql_text("@Actor", actor),
                   mssql_int("@TokenID", token_id), mssql_text("@ApiKey", api_key));
@@ -100,8 +97,7 @@ enum err_code mssql_token_set_key(void *self, const char *actor, int64_t token_i
 enum err_code mssql_token_set_limit(void *self, const char *actor, int64_t token_id, int64_t limit,
                                     double threshold, struct err *err)
 {
-    if (mssql_check_actor(actor, err) != ERR_NONE ||
-        mssql_check_limit(limit, threshold, err) != ERR_NONE)
+    if (store_check_limit(actor, limit, threshold, err) != ERR_NONE)
         return err->code;
     return CHANGE(self, "dbo.usp_SetTokenLimit", NULL, err, mssql_text("@Actor", actor),
                   mssql_int("@TokenID", token_id),

@@ -7,7 +7,7 @@
  * https://learn.microsoft.com/azure/azure-sql/database/troubleshoot-common-errors-issues */
 #include "store_mssql.h"
 
-#include <string.h>
+#include <stdio.h>
 
 #include "clock.h"
 
@@ -22,8 +22,8 @@ enum retry {
     RETRY_LATER    /* with pauses, as long as there is time */
 };
 
-/* What a number is about, beside its code. */
-enum about { ABOUT_CALL, ABOUT_LOGIN, ABOUT_RIGHTS };
+/* What a number is about, beside its code: what is to be done, explain_server knows. */
+enum about { ABOUT_CALL, ABOUT_DATABASE, ABOUT_LOGIN, ABOUT_PASSWORD, ABOUT_RIGHTS };
 
 static const struct known_error {
     int number;
@@ -59,10 +59,9 @@ static const struct known_error {
     {49920, ERR_STORE_UNAVAILABLE, RETRY_LATER, ABOUT_CALL, "not enough resources"},
     {10928, ERR_STORE_UNAVAILABLE, RETRY_LATER, ABOUT_CALL, "the limit of requests is reached"},
     {10929, ERR_STORE_UNAVAILABLE, RETRY_LATER, ABOUT_CALL, "the limit of requests is reached"},
-    {4060, ERR_STORE_UNAVAILABLE, RETRY_LATER, ABOUT_CALL,
-     "the database cannot be opened: it does not exist, is not online, or the login has no user in "
-     "it"},
-    {911, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_CALL, "there is no such database"},
+    {4060, ERR_STORE_UNAVAILABLE, RETRY_LATER, ABOUT_DATABASE, "cannot be opened"},
+    {911, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_DATABASE, "does not exist"},
+    {916, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_DATABASE, "may not be opened"},
     /* the same procedure, for the same request, in two transactions at a time: one has written */
     {2601, ERR_INTERNAL, RETRY_AT_ONCE, ABOUT_CALL, "a row exists already"},
     {2627, ERR_INTERNAL, RETRY_AT_ONCE, ABOUT_CALL, "a row exists already"},
@@ -70,22 +69,30 @@ static const struct known_error {
     {MSSQL_NO_NUMBER, ERR_STORE_UNAVAILABLE, RETRY_AT_ONCE, ABOUT_CALL,
      "an error without a number"},
     /* full */
-    {1105, ERR_STORAGE_FULL, RETRY_NEVER, ABOUT_CALL, "the database is full"},
-    {1101, ERR_STORAGE_FULL, RETRY_NEVER, ABOUT_CALL, "the database is full"},
-    {9002, ERR_STORAGE_FULL, RETRY_NEVER, ABOUT_CALL, "the database's transaction log is full"},
-    {40544, ERR_STORAGE_FULL, RETRY_NEVER, ABOUT_CALL, "the database has reached its size quota"},
+    {1105, ERR_STORAGE_FULL, RETRY_NEVER, ABOUT_CALL, "the database is full: make room in it"},
+    {1101, ERR_STORAGE_FULL, RETRY_NEVER, ABOUT_CALL, "the database is full: make room in it"},
+    {9002, ERR_STORAGE_FULL, RETRY_NEVER, ABOUT_CALL,
+     "the transaction log is full: back it up, or let it grow"},
+    {40544, ERR_STORAGE_FULL, RETRY_NEVER, ABOUT_CALL,
+     "the database has reached its size quota: delete, or raise it"},
     /* the login */
-    {18456, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN,
-     "wrong login or password, or the login may not open the database"},
-    {18452, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "it takes Windows logins only"},
-    {18470, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "the login is disabled"},
-    {18486, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "the login is locked"},
-    {18487, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "the password has expired"},
-    {18488, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "the password must be changed"},
-    {4064, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "the login's default database is gone"},
-    {916, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "the login has no user in the database"},
-    {40532, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "wrong login"},
-    {40615, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN, "its firewall keeps this host out"},
+    {18456, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_PASSWORD,
+     "no such login, or another password"},
+    {40532, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_PASSWORD, "no such login"},
+    {18452, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN,
+     "it takes Windows logins only: allow SQL Server's own there, too"},
+    {18470, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN,
+     "it is disabled: enable it there (ALTER LOGIN)"},
+    {18486, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN,
+     "it is locked: unlock it there (ALTER LOGIN)"},
+    {18487, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN,
+     "its password has expired: set another there (ALTER LOGIN)"},
+    {18488, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN,
+     "its password must be changed: set another there (ALTER LOGIN)"},
+    {4064, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN,
+     "its default database is gone: give it another there (ALTER LOGIN)"},
+    {40615, ERR_STORE_UNAVAILABLE, RETRY_NEVER, ABOUT_LOGIN,
+     "its firewall keeps this host out: add a rule there"},
     /* the schema, and rights in it */
     {2812, ERR_SCHEMA, RETRY_NEVER, ABOUT_CALL, "a procedure is missing"},
     {201, ERR_SCHEMA, RETRY_NEVER, ABOUT_CALL, "a procedure has other parameters"},
@@ -135,7 +142,7 @@ static bool is_about(const struct mssql_failure *failure, enum about about)
 
 bool mssql_is_login_refused(const struct mssql_failure *failure)
 {
-    return is_about(failure, ABOUT_LOGIN);
+    return is_about(failure, ABOUT_LOGIN) || is_about(failure, ABOUT_PASSWORD);
 }
 
 bool mssql_lacks_right(const struct mssql_failure *failure)
@@ -143,38 +150,97 @@ bool mssql_lacks_right(const struct mssql_failure *failure)
     return is_about(failure, ABOUT_RIGHTS);
 }
 
-/* ---- words ---- */
+/* ---- words: what is wrong, and after a colon what to do about it ---- */
 
 static enum err_code explain_server(const struct mssql_target *target,
                                     const struct mssql_failure *failure, struct err *err)
 {
     const struct known_error *error = find_error(failure->number);
+    const char *place = target->place;
     int number = failure->number;
 
     if (failure->text[0] != '\0')
         return err_set(err, error != NULL ? error->code : ERR_INTERNAL,
-                       "SQL Server (%s): %s (error %d)", target->place, failure->text, number);
+                       "SQL Server (%s): %s (error %d)", place, failure->text, number);
     if (error == NULL)
         return err_set(err,
                        failure->at_login || failure->severity >= SEVERITY_RESOURCES
                            ? ERR_STORE_UNAVAILABLE
                            : ERR_INTERNAL,
-                       "SQL Server (%s): error %d, severity %d, line %d", target->place, number,
-                       failure->severity, failure->line);
-    if (error->about == ABOUT_LOGIN)
+                       "SQL Server (%s): error %d, severity %d, line %d: its error log says more",
+                       place, number, failure->severity, failure->line);
+    switch (error->about) {
+    case ABOUT_PASSWORD:
         return err_set(err, error->code,
-                       "SQL Server (%s) refuses login %s: %s (error %d; its error log says more)",
-                       target->place, target->user, error->means, number);
-    if (error->about == ABOUT_RIGHTS)
+                       "SQL Server (%s) refuses login %s (error %d): %s: correct %s; its error log "
+                       "says more",
+                       place, target->user, number, error->means, target->login_key);
+    case ABOUT_LOGIN:
+        return err_set(err, error->code, "SQL Server (%s) refuses login %s (error %d): %s", place,
+                       target->user, number, error->means);
+    case ABOUT_DATABASE:
+        return err_set(err, error->code,
+                       "SQL Server (%s): database %s %s (error %d): correct %s, or see that it "
+                       "exists, is online and has a user for login %s",
+                       place, target->database, error->means, number, target->database_key,
+                       target->user);
+    case ABOUT_RIGHTS:
         return err_set(err, error->code,
                        "SQL Server (%s): login %s may not do this (error %d): make its user a "
                        "member of role extract_app, for extractctl of extract_admin",
-                       target->place, target->user, number);
-    if (error->code == ERR_SCHEMA)
-        return err_set(err, error->code, "SQL Server (%s): %s (error %d): run `extractctl migrate`",
-                       target->place, error->means, number);
-    return err_set(err, error->code, "SQL Server (%s): %s (error %d)", target->place, error->means,
-                   number);
+                       place, target->user, number);
+    case ABOUT_CALL:
+        break;
+    }
+    return err_set(err, error->code, "SQL Server (%s): %s (error %d)%s", place, error->means,
+                   number, error->code == ERR_SCHEMA ? ": run `extractctl migrate`" : "");
+}
+
+/* Why is there no login though there is a connection? */
+enum tls_fault {
+    TLS_UNKNOWN,
+    TLS_MISSING,   /* the server has none */
+    TLS_UNTRUSTED, /* its certificate is nobody's that is known here */
+    TLS_OTHER_NAME /* its certificate is for another name */
+};
+
+static enum err_code explain_tls(const struct mssql_target *target, enum tls_fault fault,
+                                 struct err *err)
+{
+    const char *place = target->place;
+
+    switch (fault) {
+    case TLS_MISSING:
+        return err_set(err, ERR_STORE_UNAVAILABLE,
+                       "SQL Server (%s) offers no TLS that can be used: give it a certificate, or "
+                       "do without (%s)",
+                       place, target->encrypt_key);
+    case TLS_UNTRUSTED:
+        return err_set(err, ERR_STORE_UNAVAILABLE,
+                       "the certificate of SQL Server (%s) has expired, or is not signed by a CA "
+                       "that store.ca_file (%s) names: name there the file of its CA",
+                       place, target->ca_file);
+    case TLS_OTHER_NAME:
+        return err_set(err, ERR_STORE_UNAVAILABLE,
+                       "the certificate of SQL Server (%s) is not for the name %s: write the name "
+                       "that it is for as %s",
+                       place, target->server.host, target->server_key);
+    case TLS_UNKNOWN:
+        break;
+    }
+    return err_set(err, ERR_STORE_UNAVAILABLE,
+                   "SQL Server (%s) answers, but there is no login: see that TLS can be used (%s) "
+                   "and that its certificate is trusted (store.ca_file)",
+                   place, target->encrypt_key);
+}
+
+/* HOST\INSTANCE can fail where HOST,PORT does not. */
+static const char *about_instance(const struct mssql_target *target)
+{
+    return target->server.instance[0] != '\0'
+               ? " (SQL Server Browser tells the port of an instance, by UDP 1434: HOST,PORT does "
+                 "without)"
+               : "";
 }
 
 enum err_code mssql_explain(const struct store_mssql *store, const struct mssql_failure *failure,
@@ -186,45 +252,117 @@ enum err_code mssql_explain(const struct store_mssql *store, const struct mssql_
     switch (failure->cause) {
     case MSSQL_SERVER:
         return explain_server(target, failure, err);
+    case MSSQL_REFUSED:
+        return explain_tls(target, TLS_UNKNOWN, err);
     case MSSQL_UNREACHABLE:
-        return err_set(err, ERR_STORE_UNAVAILABLE, "SQL Server (%s) cannot be reached%s%s",
-                       target->place, has_text ? ": " : "", failure->text);
-    case MSSQL_BROKEN:
-        return err_set(err, ERR_STORE_UNAVAILABLE, "SQL Server (%s): the connection broke",
-                       target->place);
+        return err_set(err, ERR_STORE_UNAVAILABLE,
+                       "SQL Server (%s) cannot be reached%s%s: see that it is up, or correct %s%s",
+                       target->place, has_text ? ": " : "", failure->text, target->server_key,
+                       about_instance(target));
     case MSSQL_TIMEOUT:
-        return err_set(err, ERR_STORE_UNAVAILABLE, "SQL Server (%s) does not answer in time",
-                       target->place);
+        return err_set(err, ERR_STORE_UNAVAILABLE,
+                       "SQL Server (%s) does not answer in time: see that it is up, or correct "
+                       "%s%s",
+                       target->place, target->server_key, about_instance(target));
+    case MSSQL_BROKEN:
+        if (failure->at_login)
+            return err_set(err, ERR_STORE_UNAVAILABLE,
+                           "SQL Server (%s): the connection broke during the login: see its error "
+                           "log, or correct %s",
+                           target->place, target->server_key);
+        return err_set(err, ERR_STORE_UNAVAILABLE,
+                       "SQL Server (%s): the connection broke: see its error log", target->place);
     case MSSQL_BUSY:
         return err_set(err, ERR_STORE_UNAVAILABLE,
-                       "SQL Server (%s): no connection became free in time", target->place);
-    case MSSQL_REFUSED:
-        return err_set(err, ERR_STORE_UNAVAILABLE,
-                       "SQL Server (%s) answers, but there is no login%s", target->place,
-                       target->encrypt == ENCRYPT_OFF ? ": perhaps it requires TLS (store.encrypt)"
-                       : target->ca_file[0] == '\0'
-                           ? ": perhaps it offers no TLS (store.encrypt)"
-                           : ": perhaps it offers no TLS, or its certificate is not for this name "
-                             "or not one that store.ca_file trusts");
+                       "SQL Server (%s): no connection became free in time (store.pool_size)",
+                       target->place);
     case MSSQL_LOCAL:
         break;
     }
-    return err_set(err, ERR_STORE_UNAVAILABLE, "SQL Server (%s): %s (FreeTDS %d)", target->place,
-                   has_text ? failure->text : "the client failed", failure->library);
+    if (has_text)
+        return err_set(err, ERR_STORE_UNAVAILABLE, "SQL Server (%s): %s", target->place,
+                       failure->text);
+    return err_set(err, ERR_STORE_UNAVAILABLE, "SQL Server (%s): the client failed (FreeTDS %d)",
+                   target->place, failure->library);
+}
+
+/* ---- looking what is wrong with TLS ---- */
+
+/* How far does a login come that nobody has, over TLS? MSSQL_SERVER: the server has judged it. */
+static enum mssql_cause try_tls(const struct mssql_target *target, bool checks_ca,
+                                struct mssql_watch *watch)
+{
+    char no_ca[] = "";
+    struct mssql_target nobody = *target;
+    struct mssql_failure failure;
+    struct mssql_conn *conn;
+    bool is_in;
+
+    snprintf(nobody.user, sizeof nobody.user, "extract-fcgi-tls-check");
+    nobody.password_file = NULL;
+    nobody.encrypt = ENCRYPT_REQUIRE;
+    nobody.any_name = true;
+    if (!checks_ca)
+        nobody.ca_file = no_ca;
+    if (mssql_library_add(&nobody, NULL) != ERR_NONE)
+        return MSSQL_LOCAL;
+    conn = mssql_login(&nobody, watch, &failure);
+    is_in = conn != NULL;
+    mssql_close(conn);
+    return is_in ? MSSQL_SERVER : failure.cause;
+}
+
+/* Takes up to two logins, of nobody, which fail. */
+static enum tls_fault find_tls_fault(const struct mssql_target *target)
+{
+    struct mssql_watch *watch = mssql_watch_start();
+    enum tls_fault fault = TLS_UNKNOWN;
+    enum mssql_cause cause;
+
+    if (watch == NULL)
+        return fault;
+    cause = try_tls(target, false, watch);
+    if (cause == MSSQL_REFUSED) {
+        fault = TLS_MISSING;
+    } else if (cause == MSSQL_SERVER && target->ca_file[0] != '\0') {
+        cause = try_tls(target, true, watch);
+        fault = cause == MSSQL_SERVER    ? TLS_OTHER_NAME
+                : cause == MSSQL_REFUSED ? TLS_UNTRUSTED
+                                         : TLS_UNKNOWN;
+    }
+    mssql_watch_stop(watch);
+    return fault;
+}
+
+enum err_code mssql_explain_opening(const struct store_mssql *store,
+                                    const struct mssql_failure *failure, struct err *err)
+{
+    if (failure->cause == MSSQL_REFUSED)
+        return explain_tls(store->target, find_tls_fault(store->target), err);
+    return mssql_explain(store, failure, err);
 }
 
 /* ---- calling ---- */
 
 static enum retry retry_of(const struct mssql_call *call, const struct mssql_failure *failure)
 {
+    bool has_perhaps_happened = failure->must_drop && !failure->at_login;
     const struct known_error *error;
 
-    if (call->row_once && failure->has_rows)
+    if ((call->row_once && failure->has_rows) || (call->once && has_perhaps_happened))
         return RETRY_NEVER;
     if (failure->cause == MSSQL_BROKEN)
-        return call->once ? RETRY_NEVER : RETRY_AT_ONCE;
+        return RETRY_AT_ONCE;
     error = failure->cause == MSSQL_SERVER ? find_error(failure->number) : NULL;
     return error != NULL ? error->retry : RETRY_NEVER;
+}
+
+/* May the connection serve again? An error that nobody expects may leave a transaction open, and what
+ * the next call does in it would be lost. */
+static bool is_clean(const struct mssql_failure *failure)
+{
+    return !failure->must_drop && failure->number != MSSQL_NO_NUMBER &&
+           find_error(failure->number) != NULL;
 }
 
 static bool call_once(struct store_mssql *store, const struct mssql_call *call, int64_t deadline_ms,
@@ -237,7 +375,10 @@ static bool call_once(struct store_mssql *store, const struct mssql_call *call, 
     if (!mssql_pool_take(store->pool, deadline_ms, &conn, failure))
         return false;
     ok = mssql_rpc(conn, call, deadline_ms, failure);
-    mssql_pool_give(store->pool, conn, ok ? NULL : failure);
+    if (ok || is_clean(failure))
+        mssql_pool_give(store->pool, conn);
+    else
+        mssql_pool_drop(store->pool, conn, failure->cause == MSSQL_BROKEN);
     return ok;
 }
 

@@ -4,9 +4,11 @@
  * their own, so that whoever waits leaves at its own deadline whatever a login is at: the resolver, a
  * server that does not answer, TLS. A login that ends late leaves its connection to others.
  *
- * Where there is no connection and the last login failed, one caller at a time tries again, and not
- * before a pause; the others fail at once with what that login said. So an absent server costs a
- * request no time, and a wrong password does not fill the server's log or lock the account. */
+ * Where there is no connection and the last login failed, one login at a time is tried, and from the
+ * second failure on not before a pause. Whoever comes in the pause fails at once with what the last
+ * login said; whoever comes during a login waits for its outcome, but no longer than a server that is
+ * there needs for one. So an absent server costs a request little time, one that is back refuses
+ * nobody, and a wrong password does not fill the server's log or lock the account. */
 #include <pthread.h>
 #include <stdlib.h>
 #include <time.h>
@@ -15,9 +17,11 @@
 #include "store_mssql.h"
 
 #define AGE_MAX_MS 600000 /* then made anew: a failed-over or rebalanced server gets its share */
+#define LOGINS_MAX 4      /* at a time: a server that has just come back has enough to do */
 #define PAUSE_MIN_MS 100
 #define PAUSE_MAX_MS 1000
 #define PAUSE_REFUSED_MS 5000 /* after a login that the server understood and refused */
+#define PROMPT_LOGIN_MS 1000  /* what a login takes where the server is there */
 #define CLOSE_WAIT_MS 2000
 
 struct mssql_pool {
@@ -28,10 +32,12 @@ struct mssql_pool {
     pthread_cond_t changed;
     struct mssql_conn *idle[MSSQL_POOL_MAX]; /* the last one was used last */
     int idle_count;
-    int open;       /* idle, taken, or in a login */
-    int logging_in; /* of these */
-    int waiting;    /* callers */
-    int failures;   /* of logins, since one succeeded */
+    int open;              /* idle, taken, or in a login */
+    int logging_in;        /* of these */
+    int waiting;           /* callers */
+    int failures;          /* of logins, since one succeeded */
+    int64_t failed_ms;     /* when the last of them did */
+    int64_t last_login_ms; /* when it began, whatever became of it */
     int64_t no_login_before_ms;
     struct mssql_failure last_failure;
     bool is_abandoned; /* closed while a login hangs, whose thread then destroys it */
@@ -65,16 +71,13 @@ const struct mssql_target *mssql_pool_target(const struct mssql_pool *pool)
     return &pool->target;
 }
 
-/* Under the lock. False: the time has come. */
-static bool wait_change(struct mssql_pool *pool, int64_t until_ms)
+/* Under the lock. The caller looks what is so. */
+static void wait_change(struct mssql_pool *pool, int64_t until_ms)
 {
     struct timespec until = {.tv_sec = (time_t)(until_ms / 1000),
                              .tv_nsec = (long)(until_ms % 1000) * 1000000};
 
-    if (clock_monotonic_ms() >= until_ms)
-        return false;
-    pthread_cond_timedwait(&pool->changed, &pool->lock, &until); /* the caller looks what is so */
-    return true;
+    pthread_cond_timedwait(&pool->changed, &pool->lock, &until);
 }
 
 /* Under the lock: takes the unused ones out. Their memory is the caller's array. */
@@ -114,8 +117,8 @@ void mssql_pool_free(struct mssql_pool *pool)
     if (pool == NULL)
         return;
     pthread_mutex_lock(&pool->lock);
-    while (pool->logging_in > 0 && wait_change(pool, until_ms))
-        ;
+    while (pool->logging_in > 0 && clock_monotonic_ms() < until_ms)
+        wait_change(pool, until_ms);
     pool->is_abandoned = pool->logging_in > 0;
     bool is_last = !pool->is_abandoned;
     pthread_mutex_unlock(&pool->lock);
@@ -125,21 +128,36 @@ void mssql_pool_free(struct mssql_pool *pool)
 
 /* ---- logins ---- */
 
+/* One login may break without consequences. */
 static int64_t pause_after(const struct mssql_failure *failure, int failures)
 {
-    int64_t pause_ms = PAUSE_MIN_MS;
+    int64_t pause_ms = failures == 1 ? 0 : PAUSE_MIN_MS;
 
     if (mssql_is_login_refused(failure))
         return PAUSE_REFUSED_MS;
-    for (int i = 1; i < failures && pause_ms < PAUSE_MAX_MS; i++)
+    for (int i = 2; i < failures && pause_ms < PAUSE_MAX_MS; i++)
         pause_ms *= 2;
     return pause_ms < PAUSE_MAX_MS ? pause_ms : PAUSE_MAX_MS;
+}
+
+/* Under the lock. Logins that fail together are one failure. */
+static void take_failure(struct mssql_pool *pool, const struct mssql_failure *failure,
+                         int64_t began_ms)
+{
+    int64_t now_ms = clock_monotonic_ms();
+
+    if (pool->failures == 0 || began_ms >= pool->failed_ms)
+        pool->failures++;
+    pool->failed_ms = now_ms;
+    pool->last_failure = *failure;
+    pool->no_login_before_ms = now_ms + pause_after(failure, pool->failures);
 }
 
 static void *run_login(void *context)
 {
     struct mssql_pool *pool = context;
     struct mssql_failure failure;
+    int64_t began_ms = clock_monotonic_ms();
     struct mssql_conn *conn = mssql_login(&pool->target, pool->watch, &failure);
 
     pthread_mutex_lock(&pool->lock);
@@ -149,9 +167,7 @@ static void *run_login(void *context)
         pool->idle[pool->idle_count++] = conn;
     } else {
         pool->open--;
-        pool->failures++;
-        pool->last_failure = failure;
-        pool->no_login_before_ms = clock_monotonic_ms() + pause_after(&failure, pool->failures);
+        take_failure(pool, &failure, began_ms);
     }
     pthread_cond_broadcast(&pool->changed);
     bool is_last = pool->is_abandoned && pool->logging_in == 0;
@@ -176,28 +192,45 @@ static bool start_login(struct mssql_pool *pool)
         return false;
     pool->open++;
     pool->logging_in++;
+    pool->last_login_ms = clock_monotonic_ms();
     return true;
 }
 
 /* ---- taking and giving ---- */
 
+/* Under the lock: there is no connection, and the last login failed. */
+static bool is_lost(const struct mssql_pool *pool)
+{
+    return pool->failures > 0 && pool->open == pool->logging_in;
+}
+
+static void not_after(int64_t *until_ms, int64_t at_ms)
+{
+    *until_ms = at_ms < *until_ms ? at_ms : *until_ms;
+}
+
 enum step { STEP_WAIT, STEP_LOGIN, STEP_FAIL };
 
-/* Under the lock: what does a caller do that finds no unused connection? */
-static enum step next_step(const struct mssql_pool *pool, bool has_tried)
+/* Under the lock: what does a caller do that finds no unused connection? It waits until *until_ms at
+ * the longest, and then asks again. */
+static enum step next_step(const struct mssql_pool *pool, int64_t *until_ms)
 {
-    bool any = pool->open > pool->logging_in;
+    int64_t now_ms = clock_monotonic_ms();
+    bool may_log_in = now_ms >= pool->no_login_before_ms;
 
-    if (pool->failures > 0 && !any) {
-        if (pool->logging_in > 0)
-            return has_tried ? STEP_WAIT : STEP_FAIL;
-        if (has_tried || clock_monotonic_ms() < pool->no_login_before_ms)
-            return STEP_FAIL;
-        return STEP_LOGIN;
+    if (is_lost(pool) && pool->logging_in > 0) {
+        int64_t prompt_ms = pool->last_login_ms + PROMPT_LOGIN_MS;
+        not_after(until_ms, prompt_ms);
+        return now_ms < prompt_ms ? STEP_WAIT : STEP_FAIL;
     }
-    if (pool->open < pool->size && pool->logging_in < pool->waiting &&
-        clock_monotonic_ms() >= pool->no_login_before_ms)
+    if (is_lost(pool))
+        return may_log_in ? STEP_LOGIN : STEP_FAIL;
+    if (pool->open == pool->size || pool->logging_in >= pool->waiting ||
+        pool->logging_in >= LOGINS_MAX)
+        return STEP_WAIT;
+    if (may_log_in)
         return STEP_LOGIN;
+    not_after(until_ms, pool->no_login_before_ms);
     return STEP_WAIT;
 }
 
@@ -225,23 +258,20 @@ static bool fail_local(struct mssql_failure *failure, enum mssql_cause cause)
 static bool wait_turn(struct mssql_pool *pool, int64_t deadline_ms, struct mssql_conn **graveyard,
                       int *buried, struct mssql_conn **conn, struct mssql_failure *failure)
 {
-    bool has_tried = false;
-
     while ((*conn = pop_idle(pool, graveyard, buried)) == NULL) {
-        switch (next_step(pool, has_tried)) {
-        case STEP_LOGIN:
-            has_tried = true;
+        int64_t until_ms = deadline_ms;
+        enum step step = next_step(pool, &until_ms);
+        if (step == STEP_WAIT && clock_monotonic_ms() < deadline_ms) {
+            wait_change(pool, until_ms);
+        } else if (step == STEP_LOGIN) {
             if (!start_login(pool))
                 return fail_local(failure, MSSQL_LOCAL);
-            break;
-        case STEP_FAIL:
+        } else if (is_lost(pool)) {
             *failure = pool->last_failure;
             return false;
-        case STEP_WAIT:
-            break;
-        }
-        if (!wait_change(pool, deadline_ms))
+        } else {
             return fail_local(failure, pool->open > pool->logging_in ? MSSQL_BUSY : MSSQL_TIMEOUT);
+        }
     }
     return true;
 }
@@ -262,24 +292,25 @@ bool mssql_pool_take(struct mssql_pool *pool, int64_t deadline_ms, struct mssql_
     return ok;
 }
 
-void mssql_pool_give(struct mssql_pool *pool, struct mssql_conn *conn,
-                     const struct mssql_failure *failure)
+void mssql_pool_give(struct mssql_pool *pool, struct mssql_conn *conn)
 {
-    struct mssql_conn *graveyard[MSSQL_POOL_MAX + 1];
+    pthread_mutex_lock(&pool->lock);
+    pool->idle[pool->idle_count++] = conn;
+    pthread_cond_signal(&pool->changed);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+void mssql_pool_drop(struct mssql_pool *pool, struct mssql_conn *conn, bool and_unused)
+{
+    struct mssql_conn *graveyard[MSSQL_POOL_MAX];
     int buried = 0;
 
     pthread_mutex_lock(&pool->lock);
-    if (failure != NULL && failure->must_drop) {
-        /* What broke one has mostly broken all. */
-        if (failure->cause == MSSQL_BROKEN)
-            buried = take_all_idle(pool, graveyard);
-        pool->open--;
-        graveyard[buried++] = conn;
-        pthread_cond_broadcast(&pool->changed); /* each of them may log in now */
-    } else {
-        pool->idle[pool->idle_count++] = conn;
-        pthread_cond_signal(&pool->changed);
-    }
+    if (and_unused)
+        buried = take_all_idle(pool, graveyard);
+    pool->open--;
+    pthread_cond_broadcast(&pool->changed); /* each of them may log in now */
     pthread_mutex_unlock(&pool->lock);
+    mssql_close(conn);
     close_all(graveyard, buried);
 }

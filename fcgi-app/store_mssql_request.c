@@ -10,13 +10,11 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "batch.h"
 #include "clock.h"
 #include "log.h"
 
 #define ITEMS_MAX ((size_t)16 * 1024 * 1024)
 #define CHOICE_MASK ((UINT64_C(1) << 62) - 1)
-#define REASON_MAX 800 /* bytes of what Gemini said */
 #define MODEL_MAX 256
 
 /* ---- JSON ---- */
@@ -24,13 +22,8 @@
 /* Adds ,"name":"text", cut between characters so that it has at most max bytes. */
 static void add_cut(struct buf *json, const char *name, const char *text, size_t max)
 {
-    size_t len = text == NULL ? 0 : strnlen(text, max + 1);
-
-    if (len > max)
-        for (len--; len > 0 && ((unsigned char)text[len] & 0xC0) == 0x80; len--)
-            ;
     buf_printf(json, ",\"%s\":", name);
-    buf_append_json(json, text, len);
+    buf_append_json(json, text, store_text_cut(text, max));
 }
 
 static void add_text(struct buf *json, const char *name, const char *text)
@@ -60,7 +53,7 @@ static void add_fault(struct buf *json, const struct store_token_fault *fault)
 
     add_text(json, "fault", names[fault->fault]);
     add_int(json, "cooldownMs", fault->cooldown_ms);
-    add_cut(json, "reason", has_reason ? fault->reason : "no reason given", REASON_MAX);
+    add_cut(json, "reason", has_reason ? fault->reason : "no reason given", STORE_REASON_MAX);
 }
 
 /* The process that an open reservation belongs to. */
@@ -71,24 +64,29 @@ static void end_item(struct buf *json)
     buf_append_char(json, '}');
 }
 
-/* ---- calling ---- */
+/* ---- batches ---- */
 
-/* Rows that came back, by item. */
-struct answers {
-    void *const *items;
-    size_t count;
-    bool has_row[BATCH_MAX];
+/* What is sent as a batch. */
+struct kind {
+    const char *procedure;
+    /* Appends item i; or does not, where it is refused already. */
+    void (*add)(struct buf *json, const void *items, size_t i);
+    store_row *take; /* a row about an item; its context is a struct sent */
 };
 
-/* The item that a row is about; NULL for a row that is about none. */
-static void *find_item(struct answers *answers, const struct store_value *values, size_t columns)
-{
-    int64_t i = columns > 0 && values[0].type == STORE_INTEGER ? values[0].integer : -1;
+struct sent {
+    const void *items;
+    size_t count;
+};
 
-    if (i < 0 || (uint64_t)i >= answers->count)
-        return NULL;
-    answers->has_row[i] = true;
-    return answers->items[i];
+/* Which item is the row about? False: about none. */
+static bool find_item(const struct sent *sent, const struct store_value *values, size_t columns,
+                      size_t *i)
+{
+    int64_t number = columns > 0 && values[0].type == STORE_INTEGER ? values[0].integer : -1;
+
+    *i = (size_t)number;
+    return number >= 0 && *i < sent->count;
 }
 
 /* Code and Message of a row. */
@@ -97,6 +95,7 @@ static enum err_code read_code(const struct store_value *values, size_t columns,
     const char *code = mssql_column_text(values, columns, 1);
     const char *message = mssql_column_text(values, columns, 2);
 
+    *err = (struct err){.message = ""};
     if (code != NULL && strcmp(code, "ok") == 0)
         return ERR_NONE;
     return err_set(err,
@@ -104,37 +103,45 @@ static enum err_code read_code(const struct store_value *values, size_t columns,
                    "%s", message != NULL ? message : "the procedure gives no outcome");
 }
 
-static enum err_code call_with_items(struct store_mssql *store, const char *procedure,
-                                     struct buf *json, store_row *row, struct answers *answers,
-                                     struct err *err)
+/* The outcome of an item until a row tells it. */
+static enum err_code expect_row(struct err *err)
 {
-    buf_append_char(json, ']');
-    if (!buf_ok(json))
-        return err_set(err, ERR_INTERNAL, "a batch is too large");
-    const struct mssql_call call = {.procedure = procedure,
-                                    .row = row,
-                                    .context = answers,
-                                    MSSQL_PARAMS(mssql_text("@Items", buf_str(json)))};
-    return mssql_call(store, &call, err);
+    return err_set(err, ERR_INTERNAL, "the procedure has left this item out");
 }
 
-static const char no_row[] = "the procedure has left this item out";
+static enum err_code send_batch(struct store_mssql *store, const struct kind *kind,
+                                const void *items, size_t count, struct err *err)
+{
+    struct sent sent = {items, count};
+    struct buf json;
+    enum err_code code = ERR_NONE;
+
+    buf_init(&json, ITEMS_MAX);
+    for (size_t i = 0; i < count; i++)
+        kind->add(&json, items, i);
+    buf_append_char(&json, ']');
+    if (!buf_ok(&json)) {
+        code = err_set(err, ERR_INTERNAL, "a batch is too large");
+    } else {
+        const struct mssql_call call = {.procedure = kind->procedure,
+                                        .row = kind->take,
+                                        .context = &sent,
+                                        MSSQL_PARAMS(mssql_text("@Items", buf_str(&json)))};
+        code = mssql_call(store, &call, err);
+    }
+    buf_reset(&json);
+    return code;
+}
 
 /* ---- acquire ---- */
 
-static void clear_acquired(struct store_acquire *a)
+static void add_acquire(struct buf *json, const void *items, size_t i)
 {
-    a->grant = GRANT_NO_TOKEN;
-    a->token_id = 0;
-    a->first_usable_ms = 0;
-    a->busy_too = false;
-    a->disabling_stopped = false;
-    explicit_bzero(a->api_key, sizeof a->api_key);
-    a->company_id_stored[0] = '\0';
-}
+    struct store_acquire *a = ((struct store_acquire *const *)items)[i];
 
-static void add_acquire(struct buf *json, size_t i, const struct store_acquire *a)
-{
+    if (a->code != ERR_NONE)
+        return;
+    a->code = expect_row(&a->err);
     begin_item(json, i);
     add_text(json, "requestId", a->request_id);
     add_int(json, "sequence", a->sequence);
@@ -213,70 +220,45 @@ static enum err_code read_acquired(struct store_acquire *a, const struct store_v
 static bool take_acquired(void *context, size_t columns, const char *const *names,
                           const struct store_value *values)
 {
-    struct store_acquire *a = find_item(context, values, columns);
+    const struct sent *sent = context;
+    struct store_acquire *a;
+    size_t i;
 
     (void)names;
-    if (a == NULL)
+    if (!find_item(sent, values, columns, &i))
         return true;
-    clear_acquired(a);
-    a->err = (struct err){0};
+    a = ((struct store_acquire *const *)sent->items)[i];
+    store_clear_acquire(a);
     a->code = read_acquired(a, values, columns, &a->err);
     if (a->code != ERR_NONE)
-        clear_acquired(a);
+        store_clear_acquire(a);
     return true;
 }
 
 enum err_code mssql_acquire(void *self, struct store_acquire *const *items, size_t count,
                             struct err *err)
 {
-    struct answers answers = {.count = count};
-    void *untyped[BATCH_MAX];
-    struct buf json;
+    static const struct kind acquires = {"dbo.usp_AcquireTokens", add_acquire, take_acquired};
     enum err_code code = ERR_NONE;
 
-    if (count > BATCH_MAX)
-        return err_set(err, ERR_INTERNAL, "a batch is too large");
-    buf_init(&json, ITEMS_MAX);
-    answers.items = untyped;
-    for (size_t i = 0; i < count; i++) {
-        untyped[i] = items[i];
-        clear_acquired(items[i]);
-        items[i]->err = (struct err){0};
-        items[i]->code = mssql_check_acquire(items[i], &items[i]->err);
-        if (items[i]->code == ERR_NONE)
-            add_acquire(&json, i, items[i]);
-        else
-            answers.has_row[i] = true; /* its outcome stands */
-    }
-    if (json.len > 0 || !buf_ok(&json))
-        code = call_with_items(self, "dbo.usp_AcquireTokens", &json, take_acquired, &answers, err);
-    buf_reset(&json);
-    for (size_t i = 0; i < count; i++) {
-        if (code == ERR_NONE && answers.has_row[i])
-            continue;
-        if (code != ERR_NONE && items[i]->code == ERR_BAD_VALUE)
-            continue; /* that is true whatever became of the batch */
-        clear_acquired(items[i]);
-        items[i]->code = err_set(&items[i]->err, code != ERR_NONE ? code : ERR_INTERNAL, "%s",
-                                 code != ERR_NONE ? err->message : no_row);
-    }
+    if (store_admit_acquires(items, count) > 0)
+        code = send_batch(self, &acquires, items, count, err);
+    if (code != ERR_NONE)
+        store_fail_acquires(items, count, err);
     return code;
 }
 
 /* ---- settle ---- */
 
-static void clear_settled(struct store_settlement *s)
+static void add_settlement(struct buf *json, const void *items, size_t i)
 {
-    s->threshold_crossed = false;
-    s->exceeded = false;
-    s->disabling_stopped = false;
-}
-
-static void add_settlement(struct buf *json, size_t i, const struct store_settlement *s)
-{
+    struct store_settlement *s = ((struct store_settlement *const *)items)[i];
     const struct usage *u = &s->usage;
     char logged[CLOCK_TEXT_SIZE];
 
+    if (s->code != ERR_NONE)
+        return;
+    s->code = expect_row(&s->err);
     clock_format(s->logged_ms != 0 ? s->logged_ms : clock_wall_ms(), logged);
     begin_item(json, i);
     add_text(json, "requestId", s->request_id);
@@ -307,13 +289,15 @@ static void add_settlement(struct buf *json, size_t i, const struct store_settle
 static bool take_settled(void *context, size_t columns, const char *const *names,
                          const struct store_value *values)
 {
-    struct store_settlement *s = find_item(context, values, columns);
+    const struct sent *sent = context;
+    struct store_settlement *s;
+    size_t i;
 
     (void)names;
-    if (s == NULL)
+    if (!find_item(sent, values, columns, &i))
         return true;
-    clear_settled(s);
-    s->err = (struct err){0};
+    s = ((struct store_settlement *const *)sent->items)[i];
+    store_clear_settlement(s);
     s->code = read_code(values, columns, &s->err);
     if (s->code == ERR_NONE) {
         s->threshold_crossed = mssql_column_int(values, columns, 3) != 0;
@@ -326,36 +310,12 @@ static bool take_settled(void *context, size_t columns, const char *const *names
 enum err_code mssql_settle(void *self, struct store_settlement *const *items, size_t count,
                            struct err *err)
 {
-    struct answers answers = {.count = count};
-    void *untyped[BATCH_MAX];
-    struct buf json;
+    static const struct kind settlements = {"dbo.usp_SettleUsage", add_settlement, take_settled};
     enum err_code code = ERR_NONE;
 
-    if (count > BATCH_MAX)
-        return err_set(err, ERR_INTERNAL, "a batch is too large");
-    buf_init(&json, ITEMS_MAX);
-    answers.items = untyped;
-    for (size_t i = 0; i < count; i++) {
-        untyped[i] = items[i];
-        clear_settled(items[i]);
-        items[i]->err = (struct err){0};
-        items[i]->code = mssql_check_settlement(items[i], &items[i]->err);
-        if (items[i]->code == ERR_NONE)
-            add_settlement(&json, i, items[i]);
-        else
-            answers.has_row[i] = true; /* its outcome stands */
-    }
-    if (json.len > 0 || !buf_ok(&json))
-        code = call_with_items(self, "dbo.usp_SettleUsage", &json, take_settled, &answers, err);
-    buf_reset(&json);
-    for (size_t i = 0; i < count; i++) {
-        if (code == ERR_NONE && answers.has_row[i])
-            continue;
-        if (code != ERR_NONE && items[i]->code == ERR_BAD_VALUE)
-            continue; /* that is true whatever became of the batch */
-        clear_settled(items[i]);
-        items[i]->code = err_set(&items[i]->err, code != ERR_NONE ? code : ERR_INTERNAL, "%s",
-                                 code != ERR_NONE ? err->message : no_row);
-    }
+    if (store_admit_settlements(items, count) > 0)
+        code = send_batch(self, &settlements, items, count, err);
+    if (code != ERR_NONE)
+        store_fail_settlements(items, count, err);
     return code;
 }

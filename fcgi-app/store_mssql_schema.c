@@ -15,7 +15,7 @@
 #include "store_mssql.h"
 
 /* What sql/setup_database.sql sets up. */
-#define SCHEMA_VERSION 1
+#define SCHEMA_VERSION 2
 #define SCHEMA_MAJOR 1
 #define NO_SUCH_PROCEDURE 2812
 #define LOCK_WAIT_MS 120000
@@ -209,8 +209,7 @@ static enum err_code set_up(struct store_mssql *store, struct err *err)
     if (!mssql_pool_take(store->pool, clock_monotonic_ms() + store->timeout_ms, &conn, &failure))
         return mssql_explain(store, &failure, err);
     code = set_up_locked(store, conn, &failure, err);
-    failure = (struct mssql_failure){.cause = MSSQL_LOCAL, .must_drop = true};
-    mssql_pool_give(store->pool, conn, &failure);
+    mssql_pool_drop(store->pool, conn, false);
     return code;
 }
 
@@ -220,7 +219,7 @@ enum err_code mssql_ensure_schema(struct store_mssql *store, bool may_set_up, st
     struct version version;
 
     if (!read_version(store, NULL, &version, &failure))
-        return mssql_explain(store, &failure, err);
+        return mssql_explain_opening(store, &failure, err);
     if (judge(store, &version, err) != ERR_NONE)
         return err->code;
     if (version.version >= SCHEMA_VERSION)

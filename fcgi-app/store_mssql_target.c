@@ -81,7 +81,7 @@ static enum err_code read_connection(const char *path, struct connection_string 
     if (code == ERR_NONE && connection_string_parse(text, len, out, err) != ERR_NONE)
         code = err_prefix(err, "%s", path);
     explicit_bzero(text, sizeof text);
-    return code;
+    return code == ERR_NONE ? code : err_prefix(err, "store.connection_file");
 }
 
 enum err_code mssql_target_password(const struct mssql_target *target,
@@ -90,8 +90,10 @@ enum err_code mssql_target_password(const struct mssql_target *target,
     struct connection_string connection = {.encrypt = -1};
     enum err_code code;
 
-    if (!target->is_connection_file)
-        return read_password(target->password_file, password, err);
+    if (!target->is_connection_file) {
+        code = read_password(target->password_file, password, err);
+        return code == ERR_NONE ? code : err_prefix(err, "%s", target->password_key);
+    }
     code = read_connection(target->password_file, &connection, err);
     if (code == ERR_NONE)
         memcpy(password, connection.password, sizeof connection.password);
@@ -122,6 +124,11 @@ static enum err_code from_keys(struct mssql_target *target, const struct config 
         return err->code;
     target->password_file = strdup(config->store.password_file);
     target->encrypt = config->store.encrypt;
+    target->server_key = "store.server";
+    target->database_key = "store.database";
+    target->login_key = "store.user and store.password_file";
+    target->password_key = "store.password_file";
+    target->encrypt_key = "store.encrypt";
     return ERR_NONE;
 }
 
@@ -144,6 +151,10 @@ static enum err_code from_file(struct mssql_target *target, const struct config 
         target->encrypt = connection.encrypt >= 0 ? connection.encrypt : config->store.encrypt;
         *trust = connection.trust_certificate;
     }
+    target->server_key = "SERVER in store.connection_file";
+    target->database_key = "DATABASE in store.connection_file";
+    target->login_key = "UID and PWD in store.connection_file";
+    target->encrypt_key = "Encrypt in store.connection_file";
     explicit_bzero(&connection, sizeof connection);
     return code;
 }
@@ -157,6 +168,8 @@ static enum err_code use_admin(struct mssql_target *target, const struct config 
     free(target->password_file);
     target->password_file = strdup(config->store.admin_password_file);
     target->is_connection_file = false;
+    target->login_key = "store.admin_user and store.admin_password_file";
+    target->password_key = "store.admin_password_file";
     return copy_name(target->user, config->store.admin_user, "store.admin_user", err);
 }
 
@@ -176,13 +189,19 @@ static const char *choose_ca(const struct mssql_target *target, const struct con
 /* Variables that FreeTDS reads, and prefers to what it is told. */
 static enum err_code check_environment(struct err *err)
 {
-    static const char *const names[] = {"TDSHOST", "TDSPORT", "TDSVER"};
+    static const char *const overriding[] = {"TDSHOST", "TDSPORT", "TDSVER"};
+    static const char *const dumping[] = {"TDSDUMP", "TDSDUMPCONFIG"};
 
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
-        if (getenv(names[i]) != NULL)
+    for (size_t i = 0; i < sizeof overriding / sizeof overriding[0]; i++)
+        if (getenv(overriding[i]) != NULL)
             return err_set(err, ERR_CONFIG,
                            "the environment variable %s would override the configuration: unset it",
-                           names[i]);
+                           overriding[i]);
+    for (size_t i = 0; i < sizeof dumping / sizeof dumping[0]; i++)
+        if (getenv(dumping[i]) != NULL)
+            return err_set(err, ERR_CONFIG,
+                           "the environment variable %s would write API keys into a file: unset it",
+                           dumping[i]);
     return ERR_NONE;
 }
 

@@ -150,7 +150,7 @@ static enum err_code look_at_newest(struct sqlite_tx *tx, const char *company_id
     *expired = false;
     if (row != NULL) {
         const char *spelling = (const char *)sqlite3_column_text(row, 0);
-        if (sqlite_text_fits(spelling, 1, SQLITE_TEXT_MAX_BYTES))
+        if (store_text_fits(spelling, 1, STORE_TEXT_SIZE - 1))
             memcpy(stored, spelling, strlen(spelling) + 1);
         *known = sqlite3_column_int(row, 1) != 0;
         *expired = sqlite3_column_int(row, 2) != 0;
@@ -242,7 +242,7 @@ static enum err_code copy_token(struct store_acquire *a, sqlite3_stmt *row, int 
     size_t key_len = 0;
     const char *api_key = find_key(row, key, &key_len);
 
-    if (!sqlite_text_fits(company_id, 1, SQLITE_TEXT_MAX_BYTES) || api_key == NULL)
+    if (!store_text_fits(company_id, 1, STORE_TEXT_SIZE - 1) || api_key == NULL)
         return err_set(err, ERR_BAD_VALUE, "token %lld has no usable CompanyID or ApiKey",
                        (long long)sqlite3_column_int64(row, 0));
     memcpy(a->company_id_stored, company_id, strlen(company_id) + 1);
@@ -293,7 +293,7 @@ static enum err_code grant_again(struct sqlite_tx *tx, struct store_acquire *a, 
         code = copy_token(a, row, 1, 2, err);
     } else {
         const char *company_id = (const char *)sqlite3_column_text(row, 1);
-        if (sqlite_text_fits(company_id, 1, SQLITE_TEXT_MAX_BYTES))
+        if (store_text_fits(company_id, 1, STORE_TEXT_SIZE - 1))
             memcpy(a->company_id_stored, company_id, strlen(company_id) + 1);
     }
     sqlite3_reset(row);
@@ -360,8 +360,10 @@ out:
 static enum err_code acquire_one(struct sqlite_tx *tx, struct store_acquire *a, struct err *err)
 {
     bool granted = false;
-    enum err_code code = grant_again(tx, a, &granted, err);
+    enum err_code code = ERR_NONE;
 
+    memcpy(a->company_id_stored, a->company_id, strlen(a->company_id) + 1);
+    code = grant_again(tx, a, &granted, err);
     if (code != ERR_NONE || granted)
         return code;
     if (a->previous_token_id != 0) {
@@ -373,63 +375,15 @@ static enum err_code acquire_one(struct sqlite_tx *tx, struct store_acquire *a, 
     return code == ERR_NONE ? choose_and_reserve(tx, a, err) : code;
 }
 
-static enum err_code check(const struct store_acquire *a, struct err *err)
+static enum err_code acquire_item(struct sqlite_tx *tx, const void *items, size_t i,
+                                  struct err *err)
 {
-    const char *what = NULL;
+    struct store_acquire *a = ((struct store_acquire *const *)items)[i];
 
-    if (!sqlite_text_fits(a->request_id, 1, SQLITE_ID_MAX_BYTES))
-        what = "request_id must have 1 to 64 bytes";
-    else if (!sqlite_text_fits(a->company_id, 1, SQLITE_TEXT_MAX_BYTES))
-        what = "company_id must have 1 to 256 bytes";
-    else if (!sqlite_text_fits(a->branch, 0, SQLITE_TEXT_MAX_BYTES) ||
-             !sqlite_text_fits(a->requested_by, 0, SQLITE_TEXT_MAX_BYTES))
-        what = "branch and requested_by must have at most 256 bytes";
-    else if (a->sequence < 1)
-        what = "sequence must be 1 or more";
-    else if (a->estimate_tokens < 0 || a->estimate_tokens > SQLITE_COUNT_MAX)
-        what = "estimate_tokens must be 0 to 10^15";
-    else if (a->expires_ms < 0 || a->expires_ms > SQLITE_SPAN_MAX)
-        what = "expires_ms must be 0 to 366 days";
-    else if (a->previous_token_id < 0)
-        what = "previous_token_id must not be negative";
-    if (what != NULL)
-        return err_set(err, ERR_BAD_VALUE, "%s", what);
-    return sqlite_check_fault(&a->previous, err);
-}
-
-static void clear_results(struct store_acquire *a)
-{
-    a->grant = GRANT_NO_TOKEN;
-    a->token_id = 0;
-    a->first_usable_ms = 0;
-    a->busy_too = false;
-    a->disabling_stopped = false;
-    explicit_bzero(a->api_key, sizeof a->api_key);
-    a->company_id_stored[0] = '\0';
-}
-
-static void prepare(struct store_acquire *a)
-{
-    clear_results(a);
-    a->err = (struct err){0};
-    a->code = check(a, &a->err);
     if (a->code == ERR_NONE)
-        memcpy(a->company_id_stored, a->company_id, strlen(a->company_id) + 1);
-}
-
-/* One item between its marks. Returns an error only where the whole batch must end. */
-static enum err_code acquire_marked(struct sqlite_tx *tx, struct store_acquire *a, struct err *err)
-{
-    enum err_code code = sqlite_mark(tx, err);
-
-    if (code != ERR_NONE)
-        return code;
-    a->code = acquire_one(tx, a, &a->err);
-    if (a->code == ERR_NONE)
-        return sqlite_keep(tx, err);
-    clear_results(a);
-    if (a->code == ERR_BAD_VALUE)
-        return sqlite_undo(tx, err);
+        a->code = acquire_one(tx, a, &a->err);
+    if (a->code != ERR_NONE)
+        store_clear_acquire(a);
     *err = a->err;
     return a->code;
 }
@@ -437,30 +391,11 @@ static enum err_code acquire_marked(struct sqlite_tx *tx, struct store_acquire *
 enum err_code sqlite_acquire(void *self, struct store_acquire *const *items, size_t count,
                              struct err *err)
 {
-    struct store_sqlite *store = self;
-    struct sqlite_tx tx;
-    size_t good = 0;
     enum err_code code = ERR_NONE;
 
-    for (size_t i = 0; i < count; i++) {
-        prepare(items[i]);
-        good += items[i]->code == ERR_NONE;
-    }
-    if (good == 0)
-        return ERR_NONE;
-    code = sqlite_begin(store, &tx, err);
-    if (code == ERR_NONE) {
-        for (size_t i = 0; i < count && code == ERR_NONE; i++)
-            if (items[i]->code == ERR_NONE)
-                code = acquire_marked(&tx, items[i], err);
-        code = sqlite_end(store, code, err);
-    }
-    for (size_t i = 0; i < count && code != ERR_NONE; i++) {
-        clear_results(items[i]);
-        if (items[i]->code == ERR_BAD_VALUE)
-            continue; /* that is true whatever became of the batch */
-        items[i]->code = code;
-        items[i]->err = *err;
-    }
+    if (store_admit_acquires(items, count) > 0)
+        code = sqlite_run_batch(self, acquire_item, items, count, err);
+    if (code != ERR_NONE)
+        store_fail_acquires(items, count, err);
     return code;
 }

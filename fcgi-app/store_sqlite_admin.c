@@ -4,75 +4,10 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <strings.h>
-
-#include "text.h"
 
 #define THRESHOLD_DEFAULT 0.8
 #define DETAIL_SIZE 256
 #define STATUS_SIZE 65 /* 16 characters */
-
-/* ---- what may come in ---- */
-
-/* NULL, or what is wrong: "must not be empty". */
-static const char *name_fault(const char *s, size_t min)
-{
-    return s == NULL ? (min > 0 ? "must not be empty" : NULL)
-                     : text_fault(s, strlen(s), min, SQLITE_TEXT_MAX_BYTES);
-}
-
-static enum err_code check_actor(const char *actor, struct err *err)
-{
-    const char *fault = name_fault(actor, 1);
-    return fault == NULL ? ERR_NONE : err_set(err, ERR_BAD_VALUE, "the actor's name %s", fault);
-}
-
-/* An API key goes into an HTTP header: visible ASCII. */
-static enum err_code check_key(const char *key, struct err *err)
-{
-    if (!sqlite_text_fits(key, 1, STORE_API_KEY_SIZE - 1))
-        return err_set(err, ERR_BAD_VALUE, "an API key must have 1 to %d bytes",
-                       STORE_API_KEY_SIZE - 1);
-    for (; *key != '\0'; key++)
-        if (*key <= ' ' || *key > '~')
-            return err_set(err, ERR_BAD_VALUE,
-                           "an API key must not have spaces or characters beyond ASCII");
-    return ERR_NONE;
-}
-
-static enum err_code check_limit(int64_t limit, double threshold, struct err *err)
-{
-    if (limit < -1 || limit > SQLITE_COUNT_MAX)
-        return err_set(err, ERR_BAD_VALUE, "a limit must be 0 to 10^15, or none");
-    if (!(threshold >= 0 && threshold <= 1)) /* NaN, too */
-        return err_set(err, ERR_BAD_VALUE, "a threshold must be above 0 and at most 1");
-    return ERR_NONE;
-}
-
-static enum err_code check_new_token(const struct store_new_token *token, struct err *err)
-{
-    const char *fault = NULL;
-
-    if ((fault = name_fault(token->company_id, 1)) != NULL)
-        return err_set(err, ERR_BAD_VALUE, "CompanyID %s", fault);
-    if ((fault = name_fault(token->company_name, 0)) != NULL)
-        return err_set(err, ERR_BAD_VALUE, "CompanyName %s", fault);
-    if ((fault = name_fault(token->provider, 0)) != NULL)
-        return err_set(err, ERR_BAD_VALUE, "Provider %s", fault);
-    if (check_key(token->api_key, err) != ERR_NONE)
-        return err->code;
-    return check_limit(token->limit, token->threshold, err);
-}
-
-static const char *known_status(const char *status)
-{
-    static const char *const all[] = {"Active", "Expired", "Exceeded", "Disabled"};
-
-    for (size_t i = 0; status != NULL && i < sizeof all / sizeof all[0]; i++)
-        if (strcasecmp(status, all[i]) == 0)
-            return all[i];
-    return NULL;
-}
 
 static struct store_value sql_limit(int64_t limit)
 {
@@ -132,7 +67,7 @@ enum err_code sqlite_token_add(void *self, const char *actor, const struct store
     struct sqlite_tx tx;
 
     *token_id = 0;
-    if (check_actor(actor, err) != ERR_NONE || check_new_token(token, err) != ERR_NONE ||
+    if (store_check_new_token(actor, token, err) != ERR_NONE ||
         sqlite_begin(store, &tx, err) != ERR_NONE)
         return err->code;
     return sqlite_end(store, add(&tx, actor, token, token_id, err), err);
@@ -172,20 +107,12 @@ enum err_code sqlite_token_set_status(void *self, const char *actor, int64_t tok
                                       const char *status, const char *reason, struct err *err)
 {
     struct store_sqlite *store = self;
-    const char *known = known_status(status);
-    const char *fault = name_fault(reason, 0);
     struct sqlite_tx tx;
 
-    if (check_actor(actor, err) != ERR_NONE)
+    if (store_check_status(actor, &status, reason, err) != ERR_NONE ||
+        sqlite_begin(store, &tx, err) != ERR_NONE)
         return err->code;
-    if (known == NULL)
-        return err_set(err, ERR_BAD_VALUE,
-                       "a status must be Active, Expired, Exceeded or Disabled");
-    if (fault != NULL)
-        return err_set(err, ERR_BAD_VALUE, "the reason %s", fault);
-    if (sqlite_begin(store, &tx, err) != ERR_NONE)
-        return err->code;
-    return sqlite_end(store, set_status(&tx, actor, token_id, known, reason, err), err);
+    return sqlite_end(store, set_status(&tx, actor, token_id, status, reason, err), err);
 }
 
 /* ---- key ---- */
@@ -212,7 +139,7 @@ enum err_code sqlite_token_set_key(void *self, const char *actor, int64_t token_
     struct store_sqlite *store = self;
     struct sqlite_tx tx;
 
-    if (check_actor(actor, err) != ERR_NONE || check_key(api_key, err) != ERR_NONE ||
+    if (store_check_key(actor, api_key, err) != ERR_NONE ||
         sqlite_begin(store, &tx, err) != ERR_NONE)
         return err->code;
     return sqlite_end(store, set_key(&tx, actor, token_id, api_key, err), err);
@@ -315,7 +242,7 @@ enum err_code sqlite_token_set_limit(void *self, const char *actor, int64_t toke
     struct store_sqlite *store = self;
     struct sqlite_tx tx;
 
-    if (check_actor(actor, err) != ERR_NONE || check_limit(limit, threshold, err) != ERR_NONE ||
+    if (store_check_limit(actor, limit, threshold, err) != ERR_NONE ||
         sqlite_begin(store, &tx, err) != ERR_NONE)
         return err->code;
     return sqlite_end(store, set_limit(&tx, actor, token_id, limit, threshold, err), err);

@@ -85,12 +85,6 @@ enum err_code sqlite_failed(struct err *err, int result)
                    result);
 }
 
-bool sqlite_text_fits(const char *s, size_t min, size_t max)
-{
-    size_t len = s == NULL ? 0 : strnlen(s, max + 1);
-    return len >= min && len <= max;
-}
-
 /* ---- connections ---- */
 
 static bool is_ascii(const char *s)
@@ -416,18 +410,46 @@ enum err_code sqlite_follow_now(struct store_sqlite *store, struct err *err)
     return code;
 }
 
-enum err_code sqlite_mark(struct sqlite_tx *tx, struct err *err)
-{
-    return sqlite_run(tx->db, NULL, err, "SAVEPOINT item", NULL, 0);
-}
+/* ---- batches ---- */
 
-enum err_code sqlite_keep(struct sqlite_tx *tx, struct err *err)
+static enum err_code keep(struct sqlite_tx *tx, struct err *err)
 {
     return sqlite_run(tx->db, NULL, err, "RELEASE item", NULL, 0);
 }
 
-enum err_code sqlite_undo(struct sqlite_tx *tx, struct err *err)
+static enum err_code undo(struct sqlite_tx *tx, struct err *err)
 {
     enum err_code code = sqlite_run(tx->db, NULL, err, "ROLLBACK TO item", NULL, 0);
-    return code == ERR_NONE ? sqlite_keep(tx, err) : code;
+    return code == ERR_NONE ? keep(tx, err) : code;
+}
+
+/* Returns an error only where the whole batch must end. */
+static enum err_code run_item(struct sqlite_tx *tx, sqlite_do_item *do_item, const void *items,
+                              size_t i, struct err *err)
+{
+    struct err why = {.message = ""};
+    enum err_code code = sqlite_run(tx->db, NULL, err, "SAVEPOINT item", NULL, 0);
+
+    if (code != ERR_NONE)
+        return code;
+    code = do_item(tx, items, i, &why);
+    if (code == ERR_NONE)
+        return keep(tx, err);
+    if (code == ERR_BAD_VALUE)
+        return undo(tx, err);
+    *err = why;
+    return code;
+}
+
+enum err_code sqlite_run_batch(struct store_sqlite *store, sqlite_do_item *do_item,
+                               const void *items, size_t count, struct err *err)
+{
+    struct sqlite_tx tx;
+    enum err_code code = sqlite_begin(store, &tx, err);
+
+    if (code != ERR_NONE)
+        return code;
+    for (size_t i = 0; i < count && code == ERR_NONE; i++)
+        code = run_item(&tx, do_item, items, i, err);
+    return sqlite_end(store, code, err);
 }

@@ -12,16 +12,8 @@
 #define GUARD_WINDOW_MS 60000
 #define GUARD_OTHERS 2 /* other companies with a token at fault, from which on disabling stops */
 #define GUARD_COOLDOWN_MS 600000
-#define REASON_SIZE 801 /* what Gemini said, cut */
-#define TEXT_SIZE 1000  /* that with the words around it */
+#define TEXT_SIZE 1000 /* a reason with the words around it */
 #define STOPPED "disabling stopped"
-
-enum err_code sqlite_check_fault(const struct store_token_fault *fault, struct err *err)
-{
-    if (fault->cooldown_ms < 0 || fault->cooldown_ms > SQLITE_SPAN_MAX)
-        return err_set(err, ERR_BAD_VALUE, "a cooldown must be 0 to 366 days");
-    return ERR_NONE;
-}
 
 static enum err_code cool(struct sqlite_tx *tx, int64_t token_id, int64_t cooldown_ms,
                           const char *reason, struct err *err)
@@ -126,29 +118,15 @@ static enum err_code disable(struct sqlite_tx *tx, int64_t token_id, const char 
     return sqlite_audit(tx, SQLITE_ACTOR, STOPPED, token_id, request_id, text, err);
 }
 
-/* The reason, cut between characters so that it fits with the words around it. */
-static void cut_reason(const char *reason, char out[REASON_SIZE])
-{
-    size_t len = reason == NULL ? 0 : strnlen(reason, REASON_SIZE);
-
-    if (len == 0) {
-        snprintf(out, REASON_SIZE, "no reason given");
-        return;
-    }
-    if (len == REASON_SIZE)
-        for (len--; len > 0 && ((unsigned char)reason[len] & 0xC0) == 0x80; len--)
-            ;
-    memcpy(out, reason, len);
-    out[len] = '\0';
-}
-
 enum err_code sqlite_apply_fault(struct sqlite_tx *tx, int64_t token_id,
                                  const struct store_token_fault *fault, const char *request_id,
                                  bool *disabling_stopped, struct err *err)
 {
-    char reason[REASON_SIZE];
+    char reason[STORE_REASON_MAX + 1] = "no reason given";
+    size_t len = store_text_cut(fault->reason, STORE_REASON_MAX);
 
-    cut_reason(fault->reason, reason);
+    if (len > 0)
+        snprintf(reason, sizeof reason, "%.*s", (int)len, fault->reason);
     switch (fault->fault) {
     case STORE_FAULT_NONE:
         break;

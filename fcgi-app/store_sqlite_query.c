@@ -7,7 +7,6 @@
 
 #include "buf.h"
 
-#define ROWS_DEFAULT 1000
 #define COLUMNS_MAX 32
 #define STEPS_BETWEEN_LOOKS 10000 /* of SQLite's virtual machine: a millisecond or less */
 
@@ -77,8 +76,7 @@ void sqlite_reader_give(struct sqlite_reader *reader)
     " FROM (SELECT u.*, IFNULL(u.CompanyID, t.CompanyID) AS Company FROM TokenUsageLogs u" \
     "       LEFT JOIN TokenMaster t ON t.TokenID = u.TokenID)"
 
-/* A filter whose column a view lacks is refused: rows that it should have kept out would pass for
- * an answer. */
+/* Which filters there are, store_check_filter knows. */
 struct view {
     const char *select;
     const char *where;   /* NULL: all rows */
@@ -168,24 +166,6 @@ static const struct view views[] = {
                     .order = "AuditID DESC"},
 };
 
-static enum err_code check_filter(const struct view *view, const struct store_filter *f,
-                                  struct err *err)
-{
-    const char *missing = NULL;
-
-    if (f->company_id != NULL && view->company == NULL)
-        missing = "company";
-    else if (f->request_id != NULL && view->request == NULL)
-        missing = "request";
-    else if ((f->since_ms != 0 || f->until_ms != 0) && view->time == NULL)
-        missing = "time";
-    else if (f->before_id != 0 && view->id == NULL)
-        missing = "ID";
-    if (missing != NULL)
-        return err_set(err, ERR_BAD_VALUE, "this view cannot be filtered by %s", missing);
-    return ERR_NONE;
-}
-
 /* ?1 company, ?2 request, ?3 since, ?4 until, ?5 before, ?6 limit. The text holds constants only. */
 static void compose(struct buf *sql, const struct view *view, const struct store_filter *f)
 {
@@ -222,7 +202,7 @@ static int bind_filter(sqlite3_stmt *statement, const struct store_filter *f)
     if (result == SQLITE_OK)
         result = sqlite3_bind_int64(statement, 5, f->before_id);
     if (result == SQLITE_OK)
-        result = sqlite3_bind_int(statement, 6, f->limit > 0 ? f->limit : ROWS_DEFAULT);
+        result = sqlite3_bind_int(statement, 6, f->limit > 0 ? f->limit : STORE_ROWS_DEFAULT);
     return result;
 }
 
@@ -278,11 +258,8 @@ enum err_code sqlite_query(void *self, enum store_view view, const struct store_
     int result = SQLITE_OK;
     enum err_code code = ERR_NONE;
 
-    if ((size_t)view >= sizeof views / sizeof views[0])
-        return err_set(err, ERR_BAD_VALUE, "no such view");
-    code = check_filter(&views[view], filter, err);
-    if (code != ERR_NONE)
-        return code;
+    if (store_check_filter(view, filter, err) != ERR_NONE)
+        return err->code;
     buf_init(&sql, 8192);
     compose(&sql, &views[view], filter);
     if (!buf_ok(&sql)) {

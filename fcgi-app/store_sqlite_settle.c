@@ -9,8 +9,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define WALL_MAX INT64_C(253402300799999) /* the end of the year 9999 */
-
 /* What the rows say before a settlement changes them. */
 struct before {
     bool settled;   /* there is a usage row */
@@ -29,7 +27,7 @@ static void copy_company(struct before *b, sqlite3_stmt *row, int column)
 {
     const char *company = (const char *)sqlite3_column_text(row, column);
 
-    if (sqlite_text_fits(company, 1, SQLITE_TEXT_MAX_BYTES))
+    if (store_text_fits(company, 1, STORE_TEXT_SIZE - 1))
         memcpy(b->company, company, strlen(company) + 1);
 }
 
@@ -298,71 +296,14 @@ static enum err_code settle_one(struct sqlite_tx *tx, struct store_settlement *s
     return code;
 }
 
-static bool counts_fit(const struct usage *u)
+static enum err_code settle_item(struct sqlite_tx *tx, const void *items, size_t i, struct err *err)
 {
-    const int64_t counts[] = {u->input_tokens,           u->output_tokens,
-                              u->text_prompt_tokens,     u->image_prompt_tokens,
-                              u->text_candidates_tokens, u->thoughts_tokens,
-                              u->cached_tokens,          u->total_tokens};
+    struct store_settlement *s = ((struct store_settlement *const *)items)[i];
 
-    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++)
-        if (counts[i] < 0 || counts[i] > SQLITE_COUNT_MAX)
-            return false;
-    return true;
-}
-
-static enum err_code check(const struct store_settlement *s, struct err *err)
-{
-    const char *what = NULL;
-
-    if (!sqlite_text_fits(s->request_id, 1, SQLITE_ID_MAX_BYTES))
-        what = "request_id must have 1 to 64 bytes";
-    else if (s->token_id < 0)
-        what = "token_id must not be negative";
-    else if (!sqlite_text_fits(s->company_id, 1, SQLITE_TEXT_MAX_BYTES))
-        what = "company_id must have 1 to 256 bytes";
-    else if (!sqlite_text_fits(s->branch, 0, SQLITE_TEXT_MAX_BYTES) ||
-             !sqlite_text_fits(s->requested_by, 0, SQLITE_TEXT_MAX_BYTES))
-        what = "branch and requested_by must have at most 256 bytes";
-    else if (!sqlite_text_fits(s->client_key_id, 0, SQLITE_ID_MAX_BYTES))
-        what = "client_key_id must have at most 64 bytes";
-    else if (s->token_source == NULL ||
-             (strcmp(s->token_source, "store") != 0 && strcmp(s->token_source, "fallback") != 0))
-        what = "token_source must be store or fallback";
-    else if (!counts_fit(&s->usage))
-        what = "each count of tokens must be 0 to 10^15";
-    else if (s->request_count < 0 || s->unknown_calls < 0)
-        what = "counts of calls must not be negative";
-    else if (s->duration_ms < 0)
-        what = "duration_ms must not be negative";
-    else if (s->logged_ms < 0 || s->logged_ms > WALL_MAX)
-        what = "logged_ms is no time";
-    if (what != NULL)
-        return err_set(err, ERR_BAD_VALUE, "%s", what);
-    return sqlite_check_fault(&s->fault, err);
-}
-
-static void clear_results(struct store_settlement *s)
-{
-    s->threshold_crossed = false;
-    s->exceeded = false;
-    s->disabling_stopped = false;
-}
-
-/* One item between its marks. Returns an error only where the whole batch must end. */
-static enum err_code settle_marked(struct sqlite_tx *tx, struct store_settlement *s,
-                                   struct err *err)
-{
-    enum err_code code = sqlite_mark(tx, err);
-
-    if (code != ERR_NONE)
-        return code;
-    s->code = settle_one(tx, s, &s->err);
     if (s->code == ERR_NONE)
-        return sqlite_keep(tx, err);
-    clear_results(s);
-    if (s->code == ERR_BAD_VALUE)
-        return sqlite_undo(tx, err);
+        s->code = settle_one(tx, s, &s->err);
+    if (s->code != ERR_NONE)
+        store_clear_settlement(s);
     *err = s->err;
     return s->code;
 }
@@ -370,33 +311,12 @@ static enum err_code settle_marked(struct sqlite_tx *tx, struct store_settlement
 enum err_code sqlite_settle(void *self, struct store_settlement *const *items, size_t count,
                             struct err *err)
 {
-    struct store_sqlite *store = self;
-    struct sqlite_tx tx;
-    size_t good = 0;
     enum err_code code = ERR_NONE;
 
-    for (size_t i = 0; i < count; i++) {
-        clear_results(items[i]);
-        items[i]->err = (struct err){0};
-        items[i]->code = check(items[i], &items[i]->err);
-        good += items[i]->code == ERR_NONE;
-    }
-    if (good == 0)
-        return ERR_NONE;
-    code = sqlite_begin(store, &tx, err);
-    if (code == ERR_NONE) {
-        for (size_t i = 0; i < count && code == ERR_NONE; i++)
-            if (items[i]->code == ERR_NONE)
-                code = settle_marked(&tx, items[i], err);
-        code = sqlite_end(store, code, err);
-    }
-    for (size_t i = 0; i < count && code != ERR_NONE; i++) {
-        clear_results(items[i]);
-        if (items[i]->code == ERR_BAD_VALUE)
-            continue; /* that is true whatever became of the batch */
-        items[i]->code = code;
-        items[i]->err = *err;
-    }
+    if (store_admit_settlements(items, count) > 0)
+        code = sqlite_run_batch(self, settle_item, items, count, err);
+    if (code != ERR_NONE)
+        store_fail_settlements(items, count, err);
     return code;
 }
 

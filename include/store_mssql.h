@@ -2,18 +2,16 @@
  *
  *   store_mssql.c          open, close, ping, log entries; the driver's table of functions
  *   store_mssql_target.c   where to log in and as whom, from the configuration or DBConnection.txt
- *   store_mssql_conn.c     one connection: db-lib, login, TLS, its errors and messages
- *   store_mssql_rpc.c      one call on a connection: parameters, rows, time limits
+ *   store_mssql_conn.c     one connection: db-lib; logins, TLS, calls, errors and messages
  *   store_mssql_watch.c    ends calls and logins that take longer than they may
  *   store_mssql_pool.c     the connections of a process
  *   store_mssql_call.c     a call on any connection: repeated where that helps; what errors mean
  *   store_mssql_schema.c   the schema's version; setting it up
- *   store_mssql_check.c    what may come in
  *   store_mssql_request.c  acquire and settle
  *   store_mssql_admin.c    token administration
  *   store_mssql_query.c    views for people
  *
- * Only conn and rpc know db-lib. All SQL that leaves the process, but for fixed session settings and
+ * Only conn knows db-lib. All SQL that leaves the process, but for fixed session settings and
  * the setup script, is calls of the procedures of sql/setup_database.sql, with parameters. */
 #ifndef EXTRACT_STORE_MSSQL_H
 #define EXTRACT_STORE_MSSQL_H
@@ -24,7 +22,7 @@
 
 #include "buf.h"
 #include "connection_string.h"
-#include "store_driver.h"
+#include "store_check.h"
 
 /* ---- store_mssql_target.c ---- */
 
@@ -37,13 +35,20 @@ struct mssql_target {
     char user[CONNECTION_TEXT_SIZE];
     char application[CONNECTION_TEXT_SIZE];
     char workstation[CONNECTION_TEXT_SIZE];
-    char *password_file;
+    char *password_file;     /* NULL: without a password */
     bool is_connection_file; /* password_file is a DBConnection.txt */
     int encrypt;             /* enum config_encrypt */
     char *ca_file;           /* "system"; "": the certificate is not checked */
+    bool any_name;           /* the certificate may be for another host */
     int64_t timeout_ms;      /* of a call */
     int login_timeout_s;
-    char section[32]; /* of freetds.conf */
+    char section[40]; /* of freetds.conf */
+    /* what a person corrects, for messages: "store.user and store.password_file" */
+    const char *server_key;
+    const char *database_key;
+    const char *login_key;
+    const char *password_key; /* not of a connection_file */
+    const char *encrypt_key;
 };
 
 /* Errors: ERR_CONFIG. mssql_target_reset in either case. */
@@ -101,8 +106,6 @@ void mssql_close(struct mssql_conn *conn);
 int64_t mssql_age_ms(const struct mssql_conn *conn);
 /* Did the server, or the network, not end it while it was unused? */
 bool mssql_is_alive(const struct mssql_conn *conn);
-
-/* ---- store_mssql_rpc.c ---- */
 
 /* A parameter. Texts are UTF-8 (what is not is made so) of any length; an empty one arrives as
  * NULL. */
@@ -192,9 +195,10 @@ void mssql_pool_free(struct mssql_pool *pool);
  * why. */
 bool mssql_pool_take(struct mssql_pool *pool, int64_t deadline_ms, struct mssql_conn **conn,
                      struct mssql_failure *failure) MUST_CHECK;
-/* failure: of the call that it was taken for; NULL: none. */
-void mssql_pool_give(struct mssql_pool *pool, struct mssql_conn *conn,
-                     const struct mssql_failure *failure);
+/* One that can serve again. */
+void mssql_pool_give(struct mssql_pool *pool, struct mssql_conn *conn);
+/* One that cannot; and the unused ones, too: what broke one has mostly broken all. */
+void mssql_pool_drop(struct mssql_pool *pool, struct mssql_conn *conn, bool and_unused);
 
 /* ---- store_mssql_call.c ---- */
 
@@ -215,6 +219,9 @@ bool mssql_try(struct store_mssql *store, const struct mssql_call *call,
 /* The code of a failure, with a message that holds no data. */
 enum err_code mssql_explain(const struct store_mssql *store, const struct mssql_failure *failure,
                             struct err *err);
+/* The same for a store that cannot be opened: takes its time to look what is wrong with TLS. */
+enum err_code mssql_explain_opening(const struct store_mssql *store,
+                                    const struct mssql_failure *failure, struct err *err);
 /* Did the server understand the login and refuse it? */
 bool mssql_is_login_refused(const struct mssql_failure *failure);
 /* Does it say that the login may not do this? */
@@ -231,19 +238,6 @@ bool mssql_lacks_right(const struct mssql_failure *failure);
  * ERR_SCHEMA, ERR_STORE_UNAVAILABLE. */
 enum err_code mssql_ensure_schema(struct store_mssql *store, bool may_set_up,
                                   struct err *err) MUST_CHECK;
-
-/* ---- store_mssql_check.c: each sets ERR_BAD_VALUE ---- */
-
-enum err_code mssql_check_acquire(const struct store_acquire *a, struct err *err) MUST_CHECK;
-enum err_code mssql_check_settlement(const struct store_settlement *s, struct err *err) MUST_CHECK;
-enum err_code mssql_check_actor(const char *actor, struct err *err) MUST_CHECK;
-enum err_code mssql_check_key(const char *key, struct err *err) MUST_CHECK;
-enum err_code mssql_check_limit(int64_t limit, double threshold, struct err *err) MUST_CHECK;
-enum err_code mssql_check_new_token(const struct store_new_token *token,
-                                    struct err *err) MUST_CHECK;
-/* *known: the status as it is written. */
-enum err_code mssql_check_status(const char *status, const char *reason, const char **known,
-                                 struct err *err) MUST_CHECK;
 
 /* ---- the driver's functions; see store_driver.h ---- */
 

@@ -19,16 +19,10 @@
 #include <stdatomic.h>
 #include <sys/types.h>
 
-#include "store_driver.h"
+#include "store_check.h"
 
 #define SQLITE_READERS 2
 #define SQLITE_CACHE_SIZE 48
-
-/* Input beyond these is refused (ERR_BAD_VALUE): it cannot be meant, and sums must not overflow. */
-#define SQLITE_COUNT_MAX INT64_C(1000000000000000) /* tokens, calls */
-#define SQLITE_SPAN_MAX INT64_C(31622400000)       /* 366 days, in milliseconds */
-#define SQLITE_ID_MAX_BYTES 64                     /* request and key identifiers */
-#define SQLITE_TEXT_MAX_BYTES (STORE_TEXT_SIZE - 1)
 
 /* The actor of AuditLog rows that the service writes on its own. */
 #define SQLITE_ACTOR "extract-fcgi"
@@ -177,13 +171,14 @@ enum err_code sqlite_try_write(struct store_sqlite *store, int64_t deadline_ms,
                                struct err *err) MUST_CHECK;
 /* sqlite_follow for those who are not about to write, and have no reader. */
 enum err_code sqlite_follow_now(struct store_sqlite *store, struct err *err) MUST_CHECK;
-/* One item of a batch: what happens between mark and keep is undone by undo, the rest stays. */
-enum err_code sqlite_mark(struct sqlite_tx *tx, struct err *err) MUST_CHECK;
-enum err_code sqlite_keep(struct sqlite_tx *tx, struct err *err) MUST_CHECK;
-enum err_code sqlite_undo(struct sqlite_tx *tx, struct err *err) MUST_CHECK;
 
-/* Has s (NULL: 0 bytes) at least min and at most max bytes? */
-bool sqlite_text_fits(const char *s, size_t min, size_t max);
+/* One item of a batch. Returns its code; err says why. */
+typedef enum err_code sqlite_do_item(struct sqlite_tx *tx, const void *items, size_t i,
+                                     struct err *err);
+/* A batch, in one transaction. What an item did that is refused (ERR_BAD_VALUE) is undone, and the
+ * others go on; any other error undoes all, and is returned. */
+enum err_code sqlite_run_batch(struct store_sqlite *store, sqlite_do_item *do_item,
+                               const void *items, size_t count, struct err *err) MUST_CHECK;
 
 /* ---- store_sqlite_rows.c ---- */
 
@@ -217,8 +212,6 @@ enum err_code sqlite_audit(struct sqlite_tx *tx, const char *actor, const char *
 
 /* ---- store_sqlite_fault.c ---- */
 
-/* Is the fault one that can be applied? Else sets ERR_BAD_VALUE. */
-enum err_code sqlite_check_fault(const struct store_token_fault *fault, struct err *err) MUST_CHECK;
 /* Applies the fault to the token. Sets *disabling_stopped where the guard has just set in. */
 enum err_code sqlite_apply_fault(struct sqlite_tx *tx, int64_t token_id,
                                  const struct store_token_fault *fault, const char *request_id,

@@ -299,6 +299,8 @@ static void test_refused(void **state)
         {"SERVER;" WHOLE, "SERVER: there is no = after it"},
         {"=x;" WHOLE, "not a list of KEYWORD=value; pairs"},
         {"a\x01=x;" WHOLE, "not a list of KEYWORD=value; pairs"},
+        {"s3cret", "not a list of KEYWORD=value; pairs"}, /* a password's file by mistake */
+        {"SERVER=db;UID=s3cret;s3cret2\nPWD=p", "not a list of KEYWORD=value; pairs"},
         {"SERVER=db;DATABASE=d;UID=u;PWD={s3cret", "PWD: its { has no }"},
         {"SERVER=db;DATABASE=d;UID=u;PWD={s3cret}}", "PWD: its { has no }"},
         {"SERVER=db;DATABASE=d;UID=u;PWD={s3}cret", "PWD: there must be a ; after its }"},

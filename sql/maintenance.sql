@@ -5,7 +5,7 @@
 --
 --     EXEC msdb.dbo.sp_add_job @job_name = N'extract-fcgi maintenance'
 --     EXEC msdb.dbo.sp_add_jobstep @job_name = N'extract-fcgi maintenance', @step_name = N'run', @subsystem = N'CmdExec',
---          @command = N'sqlcmd -S $(ESCAPE_NONE(SRVR)) -d ExtractDB -E -b -I -i C:\extract-fcgi\maintenance.sql'
+--          @command = N'sqlcmd -S localhost -d ExtractDB -E -b -I -i C:\extract-fcgi\maintenance.sql'
 --     EXEC msdb.dbo.sp_add_schedule @schedule_name = N'extract-fcgi daily', @freq_type = 4, @freq_interval = 1, @active_start_time = 23000
 --     EXEC msdb.dbo.sp_attach_schedule @job_name = N'extract-fcgi maintenance', @schedule_name = N'extract-fcgi daily'
 --     EXEC msdb.dbo.sp_add_jobserver @job_name = N'extract-fcgi maintenance'

@@ -16,7 +16,7 @@ BEGIN
          @TotalTokenLimit = 1000000
     EXEC dbo.usp_AddToken @Actor = N'sample_data.sql', @CompanyID = N'NT047', @CompanyName = N'Nordtrade Ltd', @ApiKey = N'sample-key-0002',
          @TotalTokenLimit = NULL
-    EXEC dbo.usp_AddToken @Actor = N'sample_data.sql', @CompanyID = N'SU001', @CompanyName = N'Süd GmbH', @ApiKey = N'sample-key-0003',
+    EXEC dbo.usp_AddToken @Actor = N'sample_data.sql', @CompanyID = N'SU001', @CompanyName = N'South GmbH', @ApiKey = N'sample-key-0003',
          @TotalTokenLimit = 20000, @Threshold = 0.5
     EXEC dbo.usp_AddToken @Actor = N'sample_data.sql', @CompanyID = N'EX001', @CompanyName = N'Expired SA', @ApiKey = N'sample-key-0004'
     EXEC dbo.usp_AddToken @Actor = N'sample_data.sql', @CompanyID = N'DI001', @CompanyName = N'Disabled Inc', @ApiKey = N'sample-key-0005'

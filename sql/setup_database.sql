@@ -6,9 +6,13 @@
 --     sqlcmd -S server -d database -b -I -i setup_database.sql
 --
 -- or let `extractctl migrate` run it: the same text is compiled in. It may be run again at any time:
--- it creates what is missing, replaces views and procedures, and leaves every row as it is. Over the
--- five plain tables of the system before this one it is the upgrade: what it found there, and what
--- it did about it, is printed and stays in dbo.AuditLog (README.md, "Replacing the Python service").
+-- it creates what is missing, replaces views, procedures and the trigger, and leaves every row as it
+-- is. Over the five plain tables of the system before this one it is the upgrade: what it found there,
+-- and what it did about it, is printed and stays in dbo.AuditLog (README.md, "Replacing the Python
+-- service"). When all is well, the last that it prints is "schema version 2 is complete".
+--
+-- It comes in numbered steps, and each wants the one before done: a tool that goes on after an error
+-- (SSMS, tsql, sqlcmd without -b) gets no further, and the version is noted by the last step only.
 --
 -- All times are UTC. Always true, and worth a query after any change by hand (maintenance.sql):
 --   TokenUsageSummary.TotalUsedTokens = sum of TokenUsageMonthly + sum of TokenUsageLogs, per token
@@ -18,7 +22,11 @@
 -- TokenID; then TokenReservations; then the logs; then TokenMaster, in ascending TokenID. Reading
 -- TokenMaster by another way than its primary key and holding a lock of it do not go together. The
 -- hints (INDEX, FORCESEEK, ROWLOCK) belong to that: on a table of a few rows SQL Server would rather
--- scan, and a scan asks for the locks of everybody.
+-- scan, and a scan asks for the locks of everybody. TR_TokenMaster_TotalTokenLimit alone goes the other
+-- way, and says why that is safe.
+--
+-- Every view, procedure and trigger says "(schema 2)" in its first line: with a new version of this
+-- script all of them change, and the last step looks for it.
 --
 -- The SETs are needed: tables with filtered indexes take no change from a session without them
 -- (error 1934), and procedures remember those of their creation.
@@ -35,6 +43,9 @@ GO
 
 -- Nothing has been changed when one of these says no. NOEXEC then keeps the rest from running in
 -- tools that go on after an error. (Babelfish, which reports an older version, has what is needed.)
+-- The session keeps the number of the last step that was done; older servers cannot, and are refused.
+IF OBJECT_ID(N'sys.sp_set_session_context') IS NOT NULL
+    EXEC sp_set_session_context N'extract-fcgi setup', NULL
 DECLARE @no NVARCHAR(1000) = NULL
 DECLARE @version NVARCHAR(50) = CAST(SERVERPROPERTY(N'ProductVersion') AS NVARCHAR(50))
 DECLARE @major INT = CAST(LEFT(@version, CHARINDEX(N'.', @version) - 1) AS INT)
@@ -51,7 +62,7 @@ BEGIN
         SET @no = N'compatibility level 130 or above is needed (OPENJSON), this database has '
                 + CAST(@level AS NVARCHAR(10)) + N'. Run: ALTER DATABASE ' + QUOTENAME(DB_NAME())
                 + N' SET COMPATIBILITY_LEVEL = 130'
-    ELSE IF DATABASEPROPERTYEX(DB_NAME(), N'Updateability') <> N'READ_WRITE'
+    ELSE IF CAST(DATABASEPROPERTYEX(DB_NAME(), N'Updateability') AS NVARCHAR(20)) <> N'READ_WRITE'
         SET @no = N'the database is read-only'
 END
 IF @no IS NULL
@@ -64,15 +75,19 @@ BEGIN
     SET @no = N'extract-fcgi: ' + @no;
     THROW 50001, @no, 1;
 END
+EXEC sp_set_session_context N'extract-fcgi setup', 1
 GO
 IF @@ERROR <> 0 SET NOEXEC ON
 GO
 
 -- One session at a time: of ten processes that start at once, one sets up and nine find it done.
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 1
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
 DECLARE @lock INT
 EXEC @lock = sp_getapplock @Resource = N'extract-fcgi setup', @LockMode = N'Exclusive', @LockOwner = N'Session', @LockTimeout = 60000
 IF @lock < 0
     THROW 50001, N'extract-fcgi: another session is setting the schema up, and has not ended within a minute', 1;
+EXEC sp_set_session_context N'extract-fcgi setup', 2
 GO
 IF @@ERROR <> 0 SET NOEXEC ON
 GO
@@ -82,6 +97,8 @@ GO
 -- Nobody knows their exact types, so they are looked at first: what cannot be handled is refused by
 -- name, and only then are columns altered, all in one transaction. On a new database, and on one
 -- that this script has set up before, there is nothing to do here.
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 2
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
 DECLARE @want TABLE (
     n           INT IDENTITY(1, 1) PRIMARY KEY,
     TableName   NVARCHAR(128) NOT NULL,
@@ -144,14 +161,15 @@ DECLARE @table NVARCHAR(128), @column NVARCHAR(128), @kind NVARCHAR(10), @size I
 DECLARE @is NVARCHAR(128), @is_size INT, @is_null INT, @scale INT, @collation NVARCHAR(128)
 DECLARE @token_type NVARCHAR(128), @type NVARCHAR(200), @place NVARCHAR(300), @old INT
 
--- Was it this script that made them? Then their types are right.
+-- Was it this script that made them? Then their types are right. (DATABASE_DEFAULT: the catalog may have
+-- a collation of its own, as in Azure SQL and in contained databases.)
 SET @old = CASE WHEN OBJECT_ID(N'dbo.SchemaVersion', N'U') IS NOT NULL THEN 0
                 WHEN EXISTS (SELECT 1 FROM INFORMATION_SCHEMA.TABLES t
                              WHERE t.TABLE_SCHEMA = N'dbo'
-                               AND t.TABLE_NAME IN (SELECT w.TableName FROM @want w)) THEN 1
+                               AND t.TABLE_NAME COLLATE DATABASE_DEFAULT IN (SELECT w.TableName FROM @want w)) THEN 1
                 ELSE 0 END
-SET @token_type = (SELECT DATA_TYPE FROM INFORMATION_SCHEMA.COLUMNS
-                   WHERE TABLE_SCHEMA = N'dbo' AND TABLE_NAME = N'TokenMaster' AND COLUMN_NAME = N'TokenID')
+SET @token_type = ISNULL((SELECT DATA_TYPE FROM INFORMATION_SCHEMA.COLUMNS
+                          WHERE TABLE_SCHEMA = N'dbo' AND TABLE_NAME = N'TokenMaster' AND COLUMN_NAME = N'TokenID'), N'bigint')
 
 WHILE @old = 1 AND @n < @last
 BEGIN
@@ -249,7 +267,7 @@ BEGIN
     INSERT INTO @altered (TableName, ColumnName) VALUES (@table, @column)
 
     -- 3. The statement. Without NULL or NOT NULL SQL Server would make it nullable; Babelfish takes
-    -- neither, nor a collation, and keeps what is there.
+    -- neither, nor a collation, and keeps what is there. What CHAR has filled up with spaces loses them.
     IF @babelfish = 1
     BEGIN
         IF @may_be_null = 1 AND @is_null = 0
@@ -259,15 +277,19 @@ BEGIN
     END
     ELSE
     BEGIN
-        IF @is = N'text' -- has no way to NVARCHAR but by VARCHAR
+        IF @is IN (N'text', N'ntext') -- have no way to other types but by these
             INSERT INTO @plan (Phase, Statement)
-            VALUES (5, N'ALTER TABLE dbo.' + QUOTENAME(@table) + N' ALTER COLUMN ' + QUOTENAME(@column) + N' VARCHAR(MAX)'
+            VALUES (5, N'ALTER TABLE dbo.' + QUOTENAME(@table) + N' ALTER COLUMN ' + QUOTENAME(@column)
+                       + CASE WHEN @is = N'text' THEN N' VARCHAR(MAX)' ELSE N' NVARCHAR(MAX)' END
                        + CASE WHEN @is_null = 1 THEN N' NULL' ELSE N' NOT NULL' END)
         INSERT INTO @plan (Phase, Statement)
         VALUES (5, N'ALTER TABLE dbo.' + QUOTENAME(@table) + N' ALTER COLUMN ' + QUOTENAME(@column) + N' ' + @type
                    + CASE WHEN @folded = 1 THEN N' COLLATE Latin1_General_CI_AS' ELSE N'' END
                    + CASE WHEN @is_null = 1 OR @may_be_null = 1 THEN N' NULL' ELSE N' NOT NULL' END)
     END
+    IF @is IN (N'char', N'nchar')
+        INSERT INTO @plan (Phase, Statement)
+        VALUES (6, N'UPDATE dbo.' + QUOTENAME(@table) + N' SET ' + QUOTENAME(@column) + N' = RTRIM(' + QUOTENAME(@column) + N')')
 END
 
 -- Columns that this program does not know, and could not leave out.
@@ -275,8 +297,8 @@ SELECT @refusals = @refusals + N' ' + c.TABLE_NAME + N'.' + c.COLUMN_NAME + N' i
 FROM INFORMATION_SCHEMA.COLUMNS c
 WHERE @old = 1
   AND c.TABLE_SCHEMA = N'dbo'
-  AND c.TABLE_NAME IN (SELECT w.TableName FROM @want w)
-  AND c.COLUMN_NAME NOT IN (SELECT w.ColumnName FROM @want w WHERE w.TableName = c.TABLE_NAME)
+  AND c.TABLE_NAME COLLATE DATABASE_DEFAULT IN (SELECT w.TableName FROM @want w)
+  AND c.COLUMN_NAME COLLATE DATABASE_DEFAULT NOT IN (SELECT w.ColumnName FROM @want w WHERE w.TableName = c.TABLE_NAME COLLATE DATABASE_DEFAULT)
   AND c.COLUMN_NAME NOT IN (N'RequestID', N'CompanyID', N'UpdatedAt', N'ReservedTokens', N'TokenSource',
                             N'ThoughtsTokens', N'CachedTokens', N'UnknownCalls')
   AND c.IS_NULLABLE = N'NO'
@@ -292,7 +314,8 @@ BEGIN
 END
 
 -- What stands in the way of ALTER COLUMN on SQL Server is dropped and made again: default and check
--- constraints, indexes, foreign keys. (PostgreSQL, under Babelfish, sees to that itself.)
+-- constraints, indexes, foreign keys. Statistics that somebody made by hand do not come back: the server
+-- makes those that it needs. (PostgreSQL, under Babelfish, sees to that itself.)
 IF @old = 1 AND @babelfish = 0
 BEGIN
     INSERT INTO @plan (Phase, Statement)
@@ -304,14 +327,14 @@ BEGIN
                   WHERE x.constraint_object_id = k.object_id)
 
     INSERT INTO @plan (Phase, Statement)
-    SELECT 2, N'ALTER TABLE dbo.' + QUOTENAME(a.TableName) + N' DROP CONSTRAINT ' + QUOTENAME(d.name)
+    SELECT 2, N'ALTER TABLE dbo.' + QUOTENAME(a.TableName) + N' DROP CONSTRAINT ' + QUOTENAME(d.name) COLLATE DATABASE_DEFAULT
     FROM @altered a
     JOIN sys.default_constraints d ON d.parent_object_id = OBJECT_ID(N'dbo.' + a.TableName)
                                   AND COL_NAME(d.parent_object_id, d.parent_column_id) = a.ColumnName
     -- Times get a new default below, in UTC.
     INSERT INTO @plan (Phase, Statement)
-    SELECT 6, N'ALTER TABLE dbo.' + QUOTENAME(a.TableName) + N' ADD CONSTRAINT ' + QUOTENAME(d.name)
-              + N' DEFAULT ' + d.definition + N' FOR ' + QUOTENAME(a.ColumnName)
+    SELECT 6, N'ALTER TABLE dbo.' + QUOTENAME(a.TableName) + N' ADD CONSTRAINT ' + QUOTENAME(d.name) COLLATE DATABASE_DEFAULT
+              + N' DEFAULT ' + d.definition COLLATE DATABASE_DEFAULT + N' FOR ' + QUOTENAME(a.ColumnName)
     FROM @altered a
     JOIN @want w ON w.TableName = a.TableName AND w.ColumnName = a.ColumnName
     JOIN sys.default_constraints d ON d.parent_object_id = OBJECT_ID(N'dbo.' + a.TableName)
@@ -327,6 +350,14 @@ BEGIN
                        + QUOTENAME(c.name) + N' CHECK ' + c.definition
     FROM sys.check_constraints c
     WHERE c.parent_object_id IN (SELECT OBJECT_ID(N'dbo.' + a.TableName) FROM @altered a)
+
+    INSERT INTO @plan (Phase, Statement)
+    SELECT DISTINCT 4, N'DROP STATISTICS dbo.' + QUOTENAME(OBJECT_NAME(x.object_id)) + N'.' + QUOTENAME(x.name)
+    FROM sys.stats x
+    JOIN sys.stats_columns c ON c.object_id = x.object_id AND c.stats_id = x.stats_id
+    WHERE x.user_created = 1
+      AND EXISTS (SELECT 1 FROM @altered a
+                  WHERE x.object_id = OBJECT_ID(N'dbo.' + a.TableName) AND COL_NAME(c.object_id, c.column_id) = a.ColumnName)
 
     -- Indexes, unique constraints too (they come back as unique indexes). Primary keys are on columns
     -- that keep their type. An index that says what one of ours says does not come back.
@@ -390,7 +421,7 @@ END
 -- A time's default in local time would now be two kinds of time in one column.
 IF @old = 1 AND @babelfish = 0
     INSERT INTO @plan (Phase, Statement)
-    SELECT 2, N'ALTER TABLE dbo.' + QUOTENAME(w.TableName) + N' DROP CONSTRAINT ' + QUOTENAME(d.name)
+    SELECT 2, N'ALTER TABLE dbo.' + QUOTENAME(w.TableName) + N' DROP CONSTRAINT ' + QUOTENAME(d.name) COLLATE DATABASE_DEFAULT
     FROM @want w
     JOIN sys.default_constraints d ON d.parent_object_id = OBJECT_ID(N'dbo.' + w.TableName)
                                   AND COL_NAME(d.parent_object_id, d.parent_column_id) = w.ColumnName
@@ -401,7 +432,8 @@ IF @old = 1 AND @babelfish = 0
     SELECT 6, N'ALTER TABLE dbo.' + QUOTENAME(c.TABLE_NAME) + N' ADD CONSTRAINT ' + QUOTENAME(N'DF_' + c.TABLE_NAME + N'_' + c.COLUMN_NAME)
               + N' DEFAULT ' + CASE WHEN w.Kind = N'time' THEN N'(SYSUTCDATETIME())' ELSE N'(0.8)' END + N' FOR ' + QUOTENAME(c.COLUMN_NAME)
     FROM @want w
-    JOIN INFORMATION_SCHEMA.COLUMNS c ON c.TABLE_SCHEMA = N'dbo' AND c.TABLE_NAME = w.TableName AND c.COLUMN_NAME = w.ColumnName
+    JOIN INFORMATION_SCHEMA.COLUMNS c ON c.TABLE_SCHEMA = N'dbo' AND c.TABLE_NAME COLLATE DATABASE_DEFAULT = w.TableName
+                                     AND c.COLUMN_NAME COLLATE DATABASE_DEFAULT = w.ColumnName
     WHERE w.Kind IN (N'time', N'share')
 
 IF @old = 1
@@ -425,11 +457,15 @@ BEGIN
     END
     COMMIT TRANSACTION
 END
+EXEC sp_set_session_context N'extract-fcgi setup', 3
 GO
 IF @@ERROR <> 0 SET NOEXEC ON
 GO
 
 -- ---- tables --------------------------------------------------------------------------------
+
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 3
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
 
 -- The API keys of each company. To add one by hand, CompanyID and ApiKey are enough.
 -- Status is Active, Expired, Exceeded or Disabled; anything else counts as Disabled. Provider NULL,
@@ -450,7 +486,6 @@ IF OBJECT_ID(N'dbo.TokenMaster', N'U') IS NULL
         UpdatedAt       DATETIME2(3) NOT NULL CONSTRAINT DF_TokenMaster_UpdatedAt DEFAULT (SYSUTCDATETIME()),
         CONSTRAINT PK_TokenMaster PRIMARY KEY CLUSTERED (TokenID)
     )
-GO
 
 -- What was used: one row for each request and token, summed over all its answers (RequestCount).
 -- Never more than one: RequestID and TokenID are unique together, a NULL TokenID (the fallback key)
@@ -482,7 +517,6 @@ IF OBJECT_ID(N'dbo.TokenUsageLogs', N'U') IS NULL
         DurationMs           BIGINT NULL,
         CONSTRAINT PK_TokenUsageLogs PRIMARY KEY CLUSTERED (UsageID)
     )
-GO
 
 -- The running totals of each token: one row, made when the token is first used.
 -- TotalRemainingTokens = limit - used, NULL without a limit. ReservedTokens: what requests in flight
@@ -500,7 +534,6 @@ IF OBJECT_ID(N'dbo.TokenUsageSummary', N'U') IS NULL
         ThresholdCrossedAt   DATETIME2(3) NULL,
         CONSTRAINT PK_TokenUsageSummary PRIMARY KEY CLUSTERED (SummaryID)
     )
-GO
 
 -- What the programs logged. No API key, invoice content or file name is ever in it. LogLevel: DEBUG,
 -- INFO, WARNING, ERROR, CRITICAL. Logger: the module. Module: the source file. Exception: the whole
@@ -520,7 +553,6 @@ IF OBJECT_ID(N'dbo.ApplicationLogs', N'U') IS NULL
         Host         NVARCHAR(256) NULL,
         CONSTRAINT PK_ApplicationLogs PRIMARY KEY CLUSTERED (LogID)
     )
-GO
 
 -- Each call to Gemini that failed. TokenID is no foreign key: the record outlives the token.
 -- Attempt: 1 for the first call of the request. StatusCode: HTTP; NULL: no answer came. DelayMs: the
@@ -539,7 +571,6 @@ IF OBJECT_ID(N'dbo.RetryAttempts', N'U') IS NULL
         DelayMs      BIGINT NULL,
         CONSTRAINT PK_RetryAttempts PRIMARY KEY CLUSTERED (RetryID)
     )
-GO
 
 -- What retention has taken out of TokenUsageLogs, summed by token, company and month ('2026-11').
 -- Month 'opening': what a token had used before its rows were kept here.
@@ -561,7 +592,6 @@ IF OBJECT_ID(N'dbo.TokenUsageMonthly', N'U') IS NULL
         UnknownCalls         BIGINT NOT NULL CONSTRAINT DF_TokenUsageMonthly_UnknownCalls DEFAULT (0),
         CONSTRAINT PK_TokenUsageMonthly PRIMARY KEY CLUSTERED (MonthlyID)
     )
-GO
 
 -- A promise of tokens to a request in flight, written before Gemini is called.
 -- State: 'open' while the request runs; then 'settled' (a usage row was written), 'released' (nothing
@@ -591,7 +621,6 @@ IF OBJECT_ID(N'dbo.TokenReservations', N'U') IS NULL
         CONSTRAINT PK_TokenReservations PRIMARY KEY CLUSTERED (ReservationID),
         CONSTRAINT CK_TokenReservations_State CHECK (State IN (N'open', N'settled', N'released', N'unsettled'))
     )
-GO
 
 -- The keys that clients show. Only their hashes are kept (SHA-256, hexadecimal); a key itself is
 -- shown once, when made. CompanyID NULL: an administrator's key.
@@ -608,7 +637,6 @@ IF OBJECT_ID(N'dbo.ClientKeys', N'U') IS NULL
         CONSTRAINT UQ_ClientKeys_KeyHash UNIQUE (KeyHash),
         CONSTRAINT CK_ClientKeys_CompanyID CHECK (IsAdmin = 1 OR CompanyID IS NOT NULL)
     )
-GO
 
 -- Idempotency-Key headers that were seen, and the request that each one belongs to.
 -- State: 'in_progress' or 'done'.
@@ -623,7 +651,6 @@ IF OBJECT_ID(N'dbo.IdempotencyKeys', N'U') IS NULL
         CONSTRAINT PK_IdempotencyKeys PRIMARY KEY CLUSTERED (CompanyID, IdempotencyKey),
         CONSTRAINT CK_IdempotencyKeys_State CHECK (State IN (N'in_progress', N'done'))
     )
-GO
 
 -- Who changed what, and when: administrators by extractctl, the service itself ('extract-fcgi') when
 -- it changes a token's status, and this script when it upgrades. Never a secret.
@@ -642,12 +669,15 @@ IF OBJECT_ID(N'dbo.AuditLog', N'U') IS NULL
         Detail     NVARCHAR(2000) NULL,
         CONSTRAINT PK_AuditLog PRIMARY KEY CLUSTERED (AuditID)
     )
+EXEC sp_set_session_context N'extract-fcgi setup', 4
 GO
 IF @@ERROR <> 0 SET NOEXEC ON
 GO
 
 -- Columns that older tables lack: nullable or with a default, so that the service before this one
 -- can go on writing. And TokenID has the same type everywhere: that of TokenMaster.
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 4
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
 DECLARE @add TABLE (n INT IDENTITY(1, 1) PRIMARY KEY, TableName NVARCHAR(128), ColumnName NVARCHAR(128), Definition NVARCHAR(200), DefaultValue NVARCHAR(100) NULL)
 INSERT INTO @add (TableName, ColumnName, Definition, DefaultValue)
 VALUES (N'TokenMaster', N'CompanyName', N'NVARCHAR(256) NULL', NULL),
@@ -733,6 +763,7 @@ BEGIN
     PRINT @sql
     EXEC (@sql)
 END
+EXEC sp_set_session_context N'extract-fcgi setup', 5
 GO
 IF @@ERROR <> 0 SET NOEXEC ON
 GO
@@ -741,6 +772,8 @@ GO
 
 -- Once, before the first version is noted. Everything that is changed here, and everything that is
 -- odd and stays, becomes a row of dbo.AuditLog with Actor 'setup_database.sql'.
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 5
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
 DECLARE @rows INT, @now DATETIME2(3) = SYSUTCDATETIME(), @local DATETIME2(3) = SYSDATETIME()
 IF OBJECT_ID(N'dbo.SchemaVersion', N'U') IS NULL
    AND (EXISTS (SELECT 1 FROM dbo.TokenMaster) OR EXISTS (SELECT 1 FROM dbo.TokenUsageLogs) OR EXISTS (SELECT 1 FROM dbo.TokenUsageSummary)
@@ -858,11 +891,24 @@ BEGIN
     PRINT N'Cut-over at ' + CONVERT(NVARCHAR(19), @now, 126) + N' UTC (' + CONVERT(NVARCHAR(19), @local, 126)
         + N' here): older times are not converted, newer ones are UTC. All that was found: SELECT * FROM dbo.AuditLog WHERE Actor = ''setup_database.sql'''
 END
+EXEC sp_set_session_context N'extract-fcgi setup', 6
 GO
 IF @@ERROR <> 0 SET NOEXEC ON
 GO
 
 -- ---- foreign keys and indexes --------------------------------------------------------------
+
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 6
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
+-- TokenMaster may have come without a key that the others can refer to.
+IF NOT EXISTS (SELECT 1 FROM sys.indexes x
+               WHERE x.object_id = OBJECT_ID(N'dbo.TokenMaster') AND x.is_unique = 1 AND x.has_filter = 0
+                 AND EXISTS (SELECT 1 FROM sys.index_columns c
+                             WHERE c.object_id = x.object_id AND c.index_id = x.index_id
+                               AND c.key_ordinal = 1 AND COL_NAME(c.object_id, c.column_id) = N'TokenID')
+                 AND NOT EXISTS (SELECT 1 FROM sys.index_columns c
+                                 WHERE c.object_id = x.object_id AND c.index_id = x.index_id AND c.key_ordinal > 1))
+    ALTER TABLE dbo.TokenMaster ADD CONSTRAINT UQ_TokenMaster_TokenID UNIQUE (TokenID)
 
 -- One for each table, where no other foreign key says the same. Rows that break it (listed above)
 -- leave it untrusted: it holds for what comes.
@@ -888,71 +934,59 @@ BEGIN
     ELSE
         EXEC (@sql)
 END
+EXEC sp_set_session_context N'extract-fcgi setup', 7
+GO
+IF @@ERROR <> 0 SET NOEXEC ON
 GO
 
 -- Indexes are found by name on SQL Server; under Babelfish names have a suffix there.
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 7
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
 -- Finds a company's Active tokens.
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenMaster') AND name LIKE N'IX[_]TokenMaster[_]CompanyID[_]Status%')
     CREATE INDEX IX_TokenMaster_CompanyID_Status ON dbo.TokenMaster (CompanyID, Status)
-GO
 -- Newest tokens first.
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenMaster') AND name LIKE N'IX[_]TokenMaster[_]CreatedAt%')
     CREATE INDEX IX_TokenMaster_CreatedAt ON dbo.TokenMaster (CreatedAt)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenUsageLogs') AND name LIKE N'IX[_]TokenUsageLogs[_]TokenID%')
     CREATE INDEX IX_TokenUsageLogs_TokenID ON dbo.TokenUsageLogs (TokenID) INCLUDE (TotalTokensUsed)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenUsageLogs') AND name LIKE N'IX[_]TokenUsageLogs[_]LoggedAt%')
     CREATE INDEX IX_TokenUsageLogs_LoggedAt ON dbo.TokenUsageLogs (LoggedAt)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenUsageLogs') AND name LIKE N'IX[_]TokenUsageLogs[_]Branch%')
     CREATE INDEX IX_TokenUsageLogs_Branch ON dbo.TokenUsageLogs (Branch)
-GO
 -- What makes settling a request twice count once.
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenUsageLogs') AND name LIKE N'UX[_]TokenUsageLogs[_]RequestID%')
     CREATE UNIQUE INDEX UX_TokenUsageLogs_RequestID_TokenID ON dbo.TokenUsageLogs (RequestID, TokenID) WHERE RequestID IS NOT NULL
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenUsageSummary') AND name LIKE N'UX[_]TokenUsageSummary[_]TokenID%')
     CREATE UNIQUE INDEX UX_TokenUsageSummary_TokenID ON dbo.TokenUsageSummary (TokenID)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenUsageMonthly') AND name LIKE N'UX[_]TokenUsageMonthly[_]TokenID%')
     CREATE UNIQUE INDEX UX_TokenUsageMonthly_TokenID_CompanyID_Month ON dbo.TokenUsageMonthly (TokenID, CompanyID, Month)
-GO
 -- What makes acquiring twice reserve once.
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenReservations') AND name LIKE N'UX[_]TokenReservations[_]RequestID%')
     CREATE UNIQUE INDEX UX_TokenReservations_RequestID_Sequence ON dbo.TokenReservations (RequestID, Sequence)
-GO
 -- Holds only those that are open or unsettled, so it stays small.
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.TokenReservations') AND name LIKE N'IX[_]TokenReservations[_]Pending%')
     CREATE INDEX IX_TokenReservations_Pending ON dbo.TokenReservations (State, ExpiresAt) INCLUDE (TokenID, EstimatedTokens) WHERE ClosedAt IS NULL
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.ApplicationLogs') AND name LIKE N'IX[_]ApplicationLogs[_]Timestamp%')
     CREATE INDEX IX_ApplicationLogs_Timestamp ON dbo.ApplicationLogs (Timestamp)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.ApplicationLogs') AND name LIKE N'IX[_]ApplicationLogs[_]LogLevel%')
     CREATE INDEX IX_ApplicationLogs_LogLevel ON dbo.ApplicationLogs (LogLevel)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.ApplicationLogs') AND name LIKE N'IX[_]ApplicationLogs[_]Logger%')
     CREATE INDEX IX_ApplicationLogs_Logger ON dbo.ApplicationLogs (Logger)
-GO
 -- All that one request left: support looks here first.
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.ApplicationLogs') AND name LIKE N'IX[_]ApplicationLogs[_]RequestID%')
     CREATE INDEX IX_ApplicationLogs_RequestID ON dbo.ApplicationLogs (RequestID) WHERE RequestID IS NOT NULL
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.RetryAttempts') AND name LIKE N'IX[_]RetryAttempts[_]TokenID%')
     CREATE INDEX IX_RetryAttempts_TokenID ON dbo.RetryAttempts (TokenID)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.RetryAttempts') AND name LIKE N'IX[_]RetryAttempts[_]CompanyID%')
     CREATE INDEX IX_RetryAttempts_CompanyID ON dbo.RetryAttempts (CompanyID)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.RetryAttempts') AND name LIKE N'IX[_]RetryAttempts[_]Timestamp%')
     CREATE INDEX IX_RetryAttempts_Timestamp ON dbo.RetryAttempts (Timestamp)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.IdempotencyKeys') AND name LIKE N'IX[_]IdempotencyKeys[_]ExpiresAt%')
     CREATE INDEX IX_IdempotencyKeys_ExpiresAt ON dbo.IdempotencyKeys (ExpiresAt)
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.AuditLog') AND name LIKE N'IX[_]AuditLog[_]Timestamp%')
     CREATE INDEX IX_AuditLog_Timestamp ON dbo.AuditLog (Timestamp)
+EXEC sp_set_session_context N'extract-fcgi setup', 8
 GO
 IF @@ERROR <> 0 SET NOEXEC ON
 GO
@@ -962,12 +996,12 @@ GO
 -- Each token with its limit and use; of the key only its end.
 DROP VIEW IF EXISTS dbo.vw_TokenStatus
 GO
-CREATE VIEW dbo.vw_TokenStatus AS
+CREATE VIEW dbo.vw_TokenStatus AS -- (schema 2)
 SELECT t.TokenID,
        t.CompanyID,
        t.CompanyName,
        t.Provider,
-       CASE WHEN LEN(t.ApiKey) >= 8 THEN N'…' + RIGHT(t.ApiKey, 4) ELSE N'…' END AS ApiKey,
+       CAST(NCHAR(8230) + CASE WHEN LEN(t.ApiKey) >= 8 THEN RIGHT(t.ApiKey, 4) ELSE N'' END AS NVARCHAR(5)) AS ApiKey,
        t.Status,
        t.StatusReason,
        t.TotalTokenLimit,
@@ -987,7 +1021,7 @@ GO
 -- What each company used with each token since the beginning, rolled-up months included.
 DROP VIEW IF EXISTS dbo.vw_UsageSummary
 GO
-CREATE VIEW dbo.vw_UsageSummary AS
+CREATE VIEW dbo.vw_UsageSummary AS -- (schema 2)
 SELECT ISNULL(u.CompanyID, t.CompanyID) AS CompanyID,
        u.TokenID,
        SUM(u.RequestCount) AS RequestCount,
@@ -1012,7 +1046,7 @@ GO
 -- Errors of the last seven days. Newest first: ORDER BY LogID DESC.
 DROP VIEW IF EXISTS dbo.vw_RecentErrors
 GO
-CREATE VIEW dbo.vw_RecentErrors AS
+CREATE VIEW dbo.vw_RecentErrors AS -- (schema 2)
 SELECT LogID, Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber,
        RequestID, Host
 FROM dbo.ApplicationLogs
@@ -1023,7 +1057,7 @@ GO
 -- Failed calls of requests that never got an answer from Gemini (they have no usage row).
 DROP VIEW IF EXISTS dbo.vw_FailedRetries
 GO
-CREATE VIEW dbo.vw_FailedRetries AS
+CREATE VIEW dbo.vw_FailedRetries AS -- (schema 2)
 SELECT r.RetryID, r.TokenID, r.CompanyID, r.Attempt, r.ErrorMessage, r.IsRetryable, r.Timestamp,
        r.RequestID, r.StatusCode, r.DelayMs
 FROM dbo.RetryAttempts r
@@ -1033,13 +1067,57 @@ GO
 -- Requests that may have been billed without a usage row, for a DBA to reconcile with Google's bill.
 DROP VIEW IF EXISTS dbo.vw_UnsettledRequests
 GO
-CREATE VIEW dbo.vw_UnsettledRequests AS
+CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 2)
 SELECT r.ReservationID, r.RequestID, r.Sequence, r.TokenID, r.CompanyID, r.Branch, r.RequestedBy,
        r.EstimatedTokens, r.State, r.UnknownCalls, r.TokenSource, r.Host, r.ProcessID, r.CreatedAt,
        r.ExpiresAt
 FROM dbo.TokenReservations r
 WHERE r.State = N'unsettled'
   AND r.ClosedAt IS NULL
+GO
+
+-- ---- what a change of a limit brings with it ------------------------------------------------
+
+-- What remains follows the limit, whoever changes it; and raising it (or taking it away) makes an
+-- Exceeded token with room again Active. `extractctl token set-limit` (usp_SetTokenLimit) does this, and
+-- more: it also looks at the threshold, and keeps a record in AuditLog.
+--
+-- Its locks come in the wrong order: the UPDATE has the rows of TokenMaster, and TokenUsageSummary comes
+-- after. So it may meet a procedure in a deadlock; with its priority it is not the victim, and the
+-- service repeats such a call. It fires itself with its second UPDATE where the database has
+-- RECURSIVE_TRIGGERS, and then finds that the limit is not touched.
+DROP TRIGGER IF EXISTS dbo.TR_TokenMaster_TotalTokenLimit
+GO
+CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 2)
+AFTER UPDATE
+AS
+BEGIN
+    IF NOT UPDATE(TotalTokenLimit)
+        RETURN
+    SET NOCOUNT ON
+    SET DEADLOCK_PRIORITY HIGH
+    UPDATE s
+    SET TotalRemainingTokens = i.TotalTokenLimit - s.TotalUsedTokens
+    FROM inserted i
+    JOIN deleted d ON d.TokenID = i.TokenID
+    JOIN dbo.TokenUsageSummary s WITH (FORCESEEK, ROWLOCK) ON s.TokenID = i.TokenID
+    WHERE i.TotalTokenLimit <> d.TotalTokenLimit
+       OR (i.TotalTokenLimit IS NULL AND d.TotalTokenLimit IS NOT NULL)
+       OR (i.TotalTokenLimit IS NOT NULL AND d.TotalTokenLimit IS NULL)
+
+    UPDATE t
+    SET Status = N'Active', StatusReason = NULL
+    FROM inserted i
+    JOIN deleted d ON d.TokenID = i.TokenID
+    JOIN dbo.TokenMaster t WITH (FORCESEEK, ROWLOCK) ON t.TokenID = i.TokenID
+    LEFT JOIN dbo.TokenUsageSummary s WITH (FORCESEEK) ON s.TokenID = i.TokenID
+    WHERE t.Status = N'Exceeded'
+      AND ((i.TotalTokenLimit IS NULL AND d.TotalTokenLimit IS NOT NULL)
+           OR (i.TotalTokenLimit > d.TotalTokenLimit
+               AND i.TotalTokenLimit > ISNULL(s.TotalUsedTokens,
+                       (SELECT ISNULL(SUM(u.TotalTokensUsed), 0) FROM dbo.TokenUsageLogs u WHERE u.TokenID = i.TokenID)
+                       + (SELECT ISNULL(SUM(m.TotalTokensUsed), 0) FROM dbo.TokenUsageMonthly m WHERE m.TokenID = i.TokenID))))
+END
 GO
 
 -- ---- procedures: what every process calls --------------------------------------------------
@@ -1049,8 +1127,8 @@ DECLARE @name NVARCHAR(128) = N'', @sql NVARCHAR(400)
 WHILE 1 = 1
 BEGIN
     SET @name = (SELECT MIN(v.name)
-                 FROM (VALUES (N'usp_SchemaVersion'), (N'usp_Ping'), (N'usp_EnsureSummary'), (N'usp_ChangeToken'), (N'usp_AcquireTokens'),
-                              (N'usp_SettleUsage'), (N'usp_RecordLogs'), (N'usp_ExpireReservations'), (N'usp_AddToken'),
+                 FROM (VALUES (N'usp_SchemaVersion'), (N'usp_Ping'), (N'usp_EnsureSummary'), (N'usp_ChangeToken'), (N'usp_UsableKey'), (N'usp_AcquireTokens'),
+                              (N'usp_SettleUsage'), (N'usp_RecordLogs'), (N'usp_ExpireReservations'), (N'usp_TextFault'), (N'usp_AddToken'),
                               (N'usp_SetTokenStatus'), (N'usp_SetTokenKey'), (N'usp_SetTokenLimit'), (N'usp_ListTokens'),
                               (N'usp_UsageReport'), (N'usp_ListLogs'), (N'usp_ListRetries'), (N'usp_ListReservations'),
                               (N'usp_CountTokens'), (N'usp_ListAudit')) AS v (name)
@@ -1064,7 +1142,7 @@ END
 GO
 
 -- Which schema is this? Where the procedure is missing, there is none.
-ALTER PROCEDURE dbo.usp_SchemaVersion
+ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 2)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1074,7 +1152,7 @@ END
 GO
 
 -- Is the store there? One row of a table, so that a database that is merely recovering says no.
-ALTER PROCEDURE dbo.usp_Ping
+ALTER PROCEDURE dbo.usp_Ping -- (schema 2)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1085,7 +1163,7 @@ GO
 
 -- For the procedures below: makes a token's row of TokenUsageSummary where it is missing, from what
 -- the other tables say. Whoever comes second gets a duplicate key, and the caller starts again.
-ALTER PROCEDURE dbo.usp_EnsureSummary
+ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 2)
     @TokenID BIGINT
 AS
 BEGIN
@@ -1112,7 +1190,7 @@ GO
 -- For the procedures below: what a failed call, or a limit, does to a token. @Status NULL: it cools
 -- down, and a cooldown is never shortened; else it gets that status, if it is still Active: whoever
 -- comes second changes nothing, and what took a token its status stays readable.
-ALTER PROCEDURE dbo.usp_ChangeToken
+ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 2)
     @TokenID    BIGINT,
     @Status     NVARCHAR(20),
     @CooldownMs BIGINT,
@@ -1150,6 +1228,27 @@ BEGIN
 END
 GO
 
+-- For the procedures below: an API key without what clings to one that was pasted (line ends, spaces,
+-- control characters, at both ends). @Usable NULL: what is left is not 1 to 1024 visible ASCII
+-- characters, and could not be sent.
+ALTER PROCEDURE dbo.usp_UsableKey -- (schema 2)
+    @ApiKey NVARCHAR(4000),
+    @Usable NVARCHAR(1024) OUTPUT
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    DECLARE @kept NVARCHAR(40) = N'%[^' + NCHAR(1) + N'-' + NCHAR(32) + NCHAR(127) + N']%'
+    DECLARE @first INT = PATINDEX(@kept COLLATE Latin1_General_BIN2, @ApiKey)
+    DECLARE @after INT = PATINDEX(@kept COLLATE Latin1_General_BIN2, REVERSE(@ApiKey))
+    DECLARE @length INT = LEN(@ApiKey + N'.') - @first - @after + 1 -- LEN forgets trailing spaces, hence the dot
+    SET @Usable = NULL
+    IF @first > 0 AND @length <= 1024
+       AND SUBSTRING(@ApiKey, @first, @length) NOT LIKE N'%[^!-~]%' COLLATE Latin1_General_BIN2
+        SET @Usable = SUBSTRING(@ApiKey, @first, @length)
+END
+GO
+
 -- A token for each request of @Items (a JSON array): records what went wrong with the token before,
 -- closes its reservation unless it was spent, chooses among the usable ones and reserves. Idempotent
 -- on (requestId, sequence).
@@ -1158,7 +1257,7 @@ GO
 -- TokenID, takes its reservation only if there is still room. Where one has none left, all is taken
 -- back and done again with the Summary rows of every token in question locked first, in the same
 -- order; then what was read holds.
-ALTER PROCEDURE dbo.usp_AcquireTokens
+ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 2)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -1200,7 +1299,7 @@ BEGIN
         TokenID    BIGINT NOT NULL PRIMARY KEY,
         CompanyID  NVARCHAR(256) COLLATE Latin1_General_CI_AS NULL,
         Folded     NVARCHAR(256) COLLATE Latin1_General_BIN2 NULL,
-        ApiKey     NVARCHAR(1024) NULL, -- NULL: none that fits
+        ApiKey     NVARCHAR(4000) NULL, -- NULL: none that can be sent
         IsServed   INT NOT NULL,
         IsActive   INT NOT NULL,
         IsExpired  INT NOT NULL,
@@ -1221,8 +1320,8 @@ BEGIN
     DECLARE @i INT, @request NVARCHAR(64), @sequence INT, @company NVARCHAR(256), @folded NVARCHAR(256), @estimate BIGINT, @choice BIGINT
     DECLARE @previous BIGINT, @fault NVARCHAR(20), @cooldown BIGINT, @reason NVARCHAR(1000), @text NVARCHAR(1000), @spent INT
     DECLARE @if_none INT, @only INT, @stored NVARCHAR(256), @again BIGINT, @reservation BIGINT, @amount BIGINT, @active INT
-    DECLARE @usable INT, @cooling INT, @busy INT, @first BIGINT, @key NVARCHAR(1024), @limit BIGINT, @has_summary INT, @status NVARCHAR(20)
-    DECLARE @stopped INT, @served INT, @expired INT, @stage INT, @owner NVARCHAR(256)
+    DECLARE @usable INT, @cooling INT, @busy INT, @first BIGINT, @key NVARCHAR(4000), @limit BIGINT, @has_summary INT, @status NVARCHAR(20)
+    DECLARE @stopped INT, @served INT, @expired INT, @owner NVARCHAR(256)
 
     INSERT INTO @item (i, RequestID, Sequence, CompanyID, Branch, RequestedBy, Estimate, ExpiresMs, Choice, PreviousID, Fault, CooldownMs,
                        Reason, Spent, FallbackIfNone, FallbackOnly, Host, ProcessID)
@@ -1320,8 +1419,7 @@ BEGIN
 
             SET @now = SYSUTCDATETIME()
             INSERT INTO @token (TokenID, CompanyID, Folded, ApiKey, IsServed, IsActive, IsExpired, Limit, HasSummary, Used, Reserved, CoolingMs, CreatedAt)
-            SELECT t.TokenID, LEFT(t.CompanyID, 256), UPPER(LEFT(t.CompanyID, 256)),
-                   CASE WHEN LEN(t.ApiKey + N'.') BETWEEN 2 AND 1025 THEN LEFT(t.ApiKey, 1024) END,
+            SELECT t.TokenID, LEFT(t.CompanyID, 256), UPPER(LEFT(t.CompanyID, 256)), LEFT(t.ApiKey, 4000),
                    CASE WHEN t.Provider IS NULL OR t.Provider IN (N'', N'Google', N'Gemini') THEN 1 ELSE 0 END,
                    CASE WHEN t.Status = N'Active' THEN 1 ELSE 0 END,
                    CASE WHEN t.Status = N'Expired' THEN 1 ELSE 0 END,
@@ -1339,6 +1437,19 @@ BEGIN
                          + (SELECT ISNULL(SUM(m.TotalTokensUsed), 0) FROM dbo.TokenUsageMonthly m WHERE m.TokenID = k.TokenID)
                 FROM @token k
                 WHERE k.HasSummary = 0
+            -- Keys that were pasted by hand. One that is as it should be costs this look and no more.
+            SET @t = 0
+            WHILE 1 = 1
+            BEGIN
+                SET @t = (SELECT MIN(TokenID) FROM @token
+                          WHERE TokenID > @t
+                            AND (LEN(ApiKey) NOT BETWEEN 1 AND 1024 OR ApiKey LIKE N'%[^!-~]%' COLLATE Latin1_General_BIN2))
+                IF @t IS NULL
+                    BREAK
+                SELECT @key = ApiKey FROM @token WHERE TokenID = @t
+                EXEC dbo.usp_UsableKey @ApiKey = @key, @Usable = @key OUTPUT
+                UPDATE @token SET ApiKey = @key WHERE TokenID = @t
+            END
 
             -- 1. The plan, item by item in their order, each seeing what those before it will do.
             SET @i = -1
@@ -1366,9 +1477,12 @@ BEGIN
                 BEGIN
                     SET @key = NULL
                     IF @again <> 0
-                        SELECT @stored = LEFT(CompanyID, 256), @key = CASE WHEN LEN(ApiKey + N'.') BETWEEN 2 AND 1025 THEN LEFT(ApiKey, 1024) END
+                    BEGIN
+                        SELECT @stored = LEFT(CompanyID, 256), @key = LEFT(ApiKey, 4000)
                         FROM dbo.TokenMaster
                         WHERE TokenID = @again
+                        EXEC dbo.usp_UsableKey @ApiKey = @key, @Usable = @key OUTPUT
+                    END
                     UPDATE @item
                     SET Granted = N'token', TokenID = @again, ApiKey = @key, Stored = @stored,
                         Problem = CASE WHEN @again <> 0 AND @key IS NULL
@@ -1596,12 +1710,12 @@ BEGIN
     END
 
     SELECT i,
-           CASE WHEN Problem IS NULL THEN N'ok' ELSE N'bad_value' END AS Code,
+           CAST(CASE WHEN Problem IS NULL THEN N'ok' ELSE N'bad_value' END AS NVARCHAR(20)) AS Code,
            Problem AS Message,
-           CASE WHEN Problem IS NULL THEN Granted ELSE N'no_token' END AS [Grant],
+           CAST(CASE WHEN Problem IS NULL THEN Granted ELSE N'no_token' END AS NVARCHAR(20)) AS [Grant],
            CASE WHEN Problem IS NULL THEN TokenID ELSE 0 END AS TokenID,
-           CASE WHEN Problem IS NULL THEN ApiKey END AS ApiKey,
-           CASE WHEN Problem IS NULL THEN Stored END AS CompanyID,
+           CAST(CASE WHEN Problem IS NULL THEN ApiKey END AS NVARCHAR(1024)) AS ApiKey,
+           CAST(CASE WHEN Problem IS NULL THEN Stored END AS NVARCHAR(256)) AS CompanyID,
            CASE WHEN Problem IS NULL THEN FirstUsableMs ELSE 0 END AS FirstUsableMs,
            CASE WHEN Problem IS NULL THEN BusyToo ELSE 0 END AS BusyToo,
            CASE WHEN Problem IS NULL THEN Stopped ELSE 0 END AS DisablingStopped
@@ -1617,7 +1731,7 @@ GO
 --   else unknownCalls > 0   no row: the reservation becomes unsettled
 --   else                    the reservation is released
 -- Since the token's Summary row is locked first, nobody else settles or releases the same meanwhile.
-ALTER PROCEDURE dbo.usp_SettleUsage
+ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 2)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -1670,7 +1784,7 @@ BEGIN
 
     DECLARE @now DATETIME2(3), @attempt INT = 1, @done INT = 0, @lock INT, @told INT, @others INT, @n INT, @t BIGINT, @position INT
     DECLARE @i INT, @request NVARCHAR(64), @company NVARCHAR(256), @stored NVARCHAR(256), @owner NVARCHAR(256), @fault NVARCHAR(20)
-    DECLARE @cooldown BIGINT, @reason NVARCHAR(1000), @detail NVARCHAR(1000), @status NVARCHAR(20), @active INT, @changed INT, @stopped INT
+    DECLARE @cooldown BIGINT, @reason NVARCHAR(1000), @detail NVARCHAR(1000), @status NVARCHAR(20), @changed INT, @stopped INT
     DECLARE @count BIGINT, @unknown BIGINT, @total BIGINT, @limit BIGINT, @used BIGINT, @threshold FLOAT, @crossed_at DATETIME2(3)
     DECLARE @pending INT, @last BIGINT, @open BIGINT, @known INT, @sequence INT
     DECLARE @time NVARCHAR(100) = N'[12][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]%'
@@ -1949,7 +2063,7 @@ BEGIN
     END
 
     SELECT i,
-           CASE WHEN Problem IS NULL THEN N'ok' ELSE N'bad_value' END AS Code,
+           CAST(CASE WHEN Problem IS NULL THEN N'ok' ELSE N'bad_value' END AS NVARCHAR(20)) AS Code,
            Problem AS Message,
            CASE WHEN Problem IS NULL THEN Crossed ELSE 0 END AS ThresholdCrossed,
            CASE WHEN Problem IS NULL THEN Exceeded ELSE 0 END AS Exceeded,
@@ -1961,7 +2075,7 @@ GO
 
 -- Writes log entries and failed calls (two JSON arrays), all in one transaction. A text too long for
 -- its column is cut: a log entry is never refused.
-ALTER PROCEDURE dbo.usp_RecordLogs
+ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 2)
     @Entries  NVARCHAR(MAX),
     @Attempts NVARCHAR(MAX)
 AS
@@ -1996,7 +2110,7 @@ GO
 
 -- Reservations past their time (their process died) become unsettled, with an unknown call. Called
 -- about once a minute, by any process; each token is a transaction of its own.
-ALTER PROCEDURE dbo.usp_ExpireReservations
+ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 2)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -2046,34 +2160,58 @@ GO
 -- ---- procedures: administration ------------------------------------------------------------
 
 -- Each change writes its AuditLog row in the same transaction, and never a key into it. The result is
--- a row with Code ('ok', 'bad_value', 'no_such_row') and Message.
+-- a row with Code ('ok', 'bad_value', 'no_such_row') and Message. Texts come in wider than their columns,
+-- so that what is too long is refused, not cut.
+
+-- For the procedures below: what is wrong with a text, NULL where nothing is; the phrase completes a
+-- sentence that begins with its name.
+ALTER PROCEDURE dbo.usp_TextFault -- (schema 2)
+    @Text  NVARCHAR(4000),
+    @Fault NVARCHAR(100) OUTPUT
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    -- Cc, Zl and Zp of Unicode
+    DECLARE @control NVARCHAR(40) = N'%[' + NCHAR(1) + N'-' + NCHAR(31) + NCHAR(127) + N'-' + NCHAR(159) + NCHAR(8232) + NCHAR(8233) + N']%'
+    SET @Fault = CASE
+            WHEN LEN(@Text + N'.') > 257 THEN N'is too long: at most 256 characters'
+            WHEN PATINDEX(@control COLLATE Latin1_General_BIN2, @Text) > 0 THEN N'must not have control characters'
+            WHEN LEN(LTRIM(RTRIM(@Text)) + N'.') <> LEN(@Text + N'.') THEN N'must not begin or end with a space'
+        END
+END
+GO
 
 -- A new token. @TotalTokenLimit NULL: no limit. @Threshold: the share of the limit at which one
 -- warning is logged; NULL or 0: 0.8.
-ALTER PROCEDURE dbo.usp_AddToken
-    @Actor           NVARCHAR(256),
-    @CompanyID       NVARCHAR(256),
-    @CompanyName     NVARCHAR(256) = NULL,
-    @Provider        NVARCHAR(256) = NULL,
-    @ApiKey          NVARCHAR(1024),
+ALTER PROCEDURE dbo.usp_AddToken -- (schema 2)
+    @Actor           NVARCHAR(4000),
+    @CompanyID       NVARCHAR(4000),
+    @CompanyName     NVARCHAR(4000) = NULL,
+    @Provider        NVARCHAR(4000) = NULL,
+    @ApiKey          NVARCHAR(4000),
     @TotalTokenLimit BIGINT = NULL,
     @Threshold       FLOAT = NULL
 AS
 BEGIN
     SET NOCOUNT ON
     SET XACT_ABORT ON
-    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @id BIGINT, @message NVARCHAR(400), @control NVARCHAR(40)
-    SET @control = N'%[' + NCHAR(1) + N'-' + NCHAR(31) + NCHAR(127) + N']%'
+    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @id BIGINT, @message NVARCHAR(400)
+    DECLARE @actor_fault NVARCHAR(100), @company_fault NVARCHAR(100), @name_fault NVARCHAR(100), @provider_fault NVARCHAR(100)
+    DECLARE @key NVARCHAR(1024)
+    EXEC dbo.usp_TextFault @Text = @Actor, @Fault = @actor_fault OUTPUT
+    EXEC dbo.usp_TextFault @Text = @CompanyID, @Fault = @company_fault OUTPUT
+    EXEC dbo.usp_TextFault @Text = @CompanyName, @Fault = @name_fault OUTPUT
+    EXEC dbo.usp_TextFault @Text = @Provider, @Fault = @provider_fault OUTPUT
+    EXEC dbo.usp_UsableKey @ApiKey = @ApiKey, @Usable = @key OUTPUT
     SET @message = CASE
-            WHEN ISNULL(DATALENGTH(LTRIM(RTRIM(@Actor))), 0) = 0 THEN N'the actor''s name must not be empty'
-            WHEN ISNULL(DATALENGTH(@CompanyID), 0) = 0 THEN N'CompanyID must not be empty'
-            WHEN LEN(LTRIM(RTRIM(@CompanyID)) + N'.') <> LEN(@CompanyID + N'.') THEN N'CompanyID must not begin or end with a space'
-            WHEN PATINDEX(@control COLLATE Latin1_General_BIN2, @CompanyID) > 0 THEN N'CompanyID must not have control characters'
-            WHEN PATINDEX(@control COLLATE Latin1_General_BIN2, @CompanyName) > 0 THEN N'CompanyName must not have control characters'
-            WHEN PATINDEX(@control COLLATE Latin1_General_BIN2, @Provider) > 0 THEN N'Provider must not have control characters'
-            WHEN ISNULL(DATALENGTH(@ApiKey), 0) = 0 THEN N'an API key must have 1 to 1024 bytes'
-            WHEN PATINDEX(N'%[^!-~]%' COLLATE Latin1_General_BIN2, @ApiKey) > 0
-                THEN N'an API key must not have spaces or characters beyond ASCII'
+            WHEN ISNULL(@Actor, N'') = N'' THEN N'the actor''s name must not be empty'
+            WHEN @actor_fault IS NOT NULL THEN N'the actor''s name ' + @actor_fault
+            WHEN ISNULL(@CompanyID, N'') = N'' THEN N'CompanyID must not be empty'
+            WHEN @company_fault IS NOT NULL THEN N'CompanyID ' + @company_fault
+            WHEN @name_fault IS NOT NULL THEN N'CompanyName ' + @name_fault
+            WHEN @provider_fault IS NOT NULL THEN N'Provider ' + @provider_fault
+            WHEN @key IS NULL THEN N'an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII'
             WHEN @TotalTokenLimit NOT BETWEEN 0 AND 1000000000000000 THEN N'a limit must be 0 to 10^15, or none'
             WHEN @Threshold NOT BETWEEN 0 AND 1 THEN N'a threshold must be above 0 and at most 1'
         END
@@ -2083,7 +2221,7 @@ BEGIN
         SET @Provider = ISNULL(@Provider, N'Gemini')
         BEGIN TRANSACTION
         INSERT INTO dbo.TokenMaster (CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, Status, CreatedAt, UpdatedAt)
-        VALUES (@CompanyID, @CompanyName, @ApiKey, @Provider, @TotalTokenLimit, N'Active', @now, @now)
+        VALUES (@CompanyID, @CompanyName, @key, @Provider, @TotalTokenLimit, N'Active', @now, @now)
         SET @id = CAST(SCOPE_IDENTITY() AS BIGINT)
         INSERT INTO dbo.TokenUsageSummary (TokenID, TotalUsedTokens, TotalRemainingTokens, Threshold, ReservedTokens, LastUpdated)
         VALUES (@id, 0, @TotalTokenLimit, @Threshold, 0, @now)
@@ -2093,27 +2231,32 @@ BEGIN
                 + N', threshold ' + CAST(CAST(@Threshold AS DECIMAL(9, 4)) AS NVARCHAR(40)) + N', provider ' + @Provider)
         COMMIT TRANSACTION
     END
-    SELECT CASE WHEN @message IS NULL THEN N'ok' ELSE N'bad_value' END AS Code, @message AS Message, ISNULL(@id, 0) AS TokenID
+    SELECT CAST(CASE WHEN @message IS NULL THEN N'ok' ELSE N'bad_value' END AS NVARCHAR(20)) AS Code, @message AS Message,
+           ISNULL(@id, 0) AS TokenID
 END
 GO
 
 -- A token's status, by hand: Active, Expired, Exceeded or Disabled. Active ends a cooldown.
-ALTER PROCEDURE dbo.usp_SetTokenStatus
-    @Actor   NVARCHAR(256),
+ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 2)
+    @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
-    @Status  NVARCHAR(20),
-    @Reason  NVARCHAR(400) = NULL
+    @Status  NVARCHAR(4000),
+    @Reason  NVARCHAR(4000) = NULL
 AS
 BEGIN
     SET NOCOUNT ON
     SET XACT_ABORT ON
     DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @code NVARCHAR(20) = N'ok', @message NVARCHAR(400), @known NVARCHAR(20), @old NVARCHAR(50)
-    DECLARE @company NVARCHAR(256)
+    DECLARE @company NVARCHAR(256), @actor_fault NVARCHAR(100), @reason_fault NVARCHAR(100)
+    EXEC dbo.usp_TextFault @Text = @Actor, @Fault = @actor_fault OUTPUT
+    EXEC dbo.usp_TextFault @Text = @Reason, @Fault = @reason_fault OUTPUT
     SET @known = (SELECT v.name FROM (VALUES (N'Active'), (N'Expired'), (N'Exceeded'), (N'Disabled')) AS v (name)
                   WHERE UPPER(v.name) = UPPER(@Status))
     SET @message = CASE
-            WHEN ISNULL(DATALENGTH(LTRIM(RTRIM(@Actor))), 0) = 0 THEN N'the actor''s name must not be empty'
+            WHEN ISNULL(@Actor, N'') = N'' THEN N'the actor''s name must not be empty'
+            WHEN @actor_fault IS NOT NULL THEN N'the actor''s name ' + @actor_fault
             WHEN @known IS NULL THEN N'a status must be Active, Expired, Exceeded or Disabled'
+            WHEN @reason_fault IS NOT NULL THEN N'the reason ' + @reason_fault
         END
     IF @message IS NOT NULL
         SET @code = N'bad_value'
@@ -2143,27 +2286,29 @@ END
 GO
 
 -- Another key for a token: the old one serves no request that begins after this.
-ALTER PROCEDURE dbo.usp_SetTokenKey
-    @Actor   NVARCHAR(256),
+ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 2)
+    @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
-    @ApiKey  NVARCHAR(1024)
+    @ApiKey  NVARCHAR(4000)
 AS
 BEGIN
     SET NOCOUNT ON
     SET XACT_ABORT ON
     DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @code NVARCHAR(20) = N'ok', @message NVARCHAR(400)
+    DECLARE @actor_fault NVARCHAR(100), @key NVARCHAR(1024)
+    EXEC dbo.usp_TextFault @Text = @Actor, @Fault = @actor_fault OUTPUT
+    EXEC dbo.usp_UsableKey @ApiKey = @ApiKey, @Usable = @key OUTPUT
     SET @message = CASE
-            WHEN ISNULL(DATALENGTH(LTRIM(RTRIM(@Actor))), 0) = 0 THEN N'the actor''s name must not be empty'
-            WHEN ISNULL(DATALENGTH(@ApiKey), 0) = 0 THEN N'an API key must have 1 to 1024 bytes'
-            WHEN PATINDEX(N'%[^!-~]%' COLLATE Latin1_General_BIN2, @ApiKey) > 0
-                THEN N'an API key must not have spaces or characters beyond ASCII'
+            WHEN ISNULL(@Actor, N'') = N'' THEN N'the actor''s name must not be empty'
+            WHEN @actor_fault IS NOT NULL THEN N'the actor''s name ' + @actor_fault
+            WHEN @key IS NULL THEN N'an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII'
         END
     IF @message IS NOT NULL
         SET @code = N'bad_value'
     ELSE
     BEGIN
         BEGIN TRANSACTION
-        UPDATE dbo.TokenMaster SET ApiKey = @ApiKey, UpdatedAt = @now WHERE TokenID = @TokenID
+        UPDATE dbo.TokenMaster SET ApiKey = @key, UpdatedAt = @now WHERE TokenID = @TokenID
         IF @@ROWCOUNT = 0
         BEGIN
             SET @code = N'no_such_row'
@@ -2182,8 +2327,8 @@ GO
 
 -- A token's limit (NULL: none) and threshold (NULL or 0: unchanged). The sums follow; an Exceeded
 -- token with room again becomes Active, an Active one without becomes Exceeded.
-ALTER PROCEDURE dbo.usp_SetTokenLimit
-    @Actor           NVARCHAR(256),
+ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 2)
+    @Actor           NVARCHAR(4000),
     @TokenID         BIGINT,
     @TotalTokenLimit BIGINT,
     @Threshold       FLOAT = NULL
@@ -2192,9 +2337,11 @@ BEGIN
     SET NOCOUNT ON
     SET XACT_ABORT ON
     DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @code NVARCHAR(20) = N'ok', @message NVARCHAR(400), @used BIGINT, @share FLOAT
-    DECLARE @became NVARCHAR(20)
+    DECLARE @actor_fault NVARCHAR(100), @before NVARCHAR(50), @after NVARCHAR(50)
+    EXEC dbo.usp_TextFault @Text = @Actor, @Fault = @actor_fault OUTPUT
     SET @message = CASE
-            WHEN ISNULL(DATALENGTH(LTRIM(RTRIM(@Actor))), 0) = 0 THEN N'the actor''s name must not be empty'
+            WHEN ISNULL(@Actor, N'') = N'' THEN N'the actor''s name must not be empty'
+            WHEN @actor_fault IS NOT NULL THEN N'the actor''s name ' + @actor_fault
             WHEN @TotalTokenLimit NOT BETWEEN 0 AND 1000000000000000 THEN N'a limit must be 0 to 10^15, or none'
             WHEN @Threshold NOT BETWEEN 0 AND 1 THEN N'a threshold must be above 0 and at most 1'
         END
@@ -2223,24 +2370,20 @@ BEGIN
             LastUpdated = @now
         FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK)
         WHERE s.TokenID = @TokenID
-        UPDATE dbo.TokenMaster SET TotalTokenLimit = @TotalTokenLimit, UpdatedAt = @now WHERE TokenID = @TokenID
+        UPDATE dbo.TokenMaster SET UpdatedAt = @now WHERE TokenID = @TokenID
+        SELECT @before = Status FROM dbo.TokenMaster WHERE TokenID = @TokenID
+        -- The trigger does some of what follows, where the limit was raised.
+        UPDATE dbo.TokenMaster SET TotalTokenLimit = @TotalTokenLimit WHERE TokenID = @TokenID
         IF @TotalTokenLimit IS NULL OR @TotalTokenLimit > @used
-        BEGIN
             UPDATE dbo.TokenMaster SET Status = N'Active', StatusReason = NULL WHERE TokenID = @TokenID AND Status = N'Exceeded'
-            IF @@ROWCOUNT > 0
-                SET @became = N'Active'
-        END
         ELSE
-        BEGIN
             UPDATE dbo.TokenMaster SET Status = N'Exceeded', StatusReason = N'limit reached' WHERE TokenID = @TokenID AND Status = N'Active'
-            IF @@ROWCOUNT > 0
-                SET @became = N'Exceeded'
-        END
+        SELECT @after = Status FROM dbo.TokenMaster WHERE TokenID = @TokenID
         INSERT INTO dbo.AuditLog (Timestamp, Actor, Action, ObjectType, ObjectID, CompanyID, Detail)
         SELECT @now, @Actor, N'token limit changed', N'TokenMaster', CAST(@TokenID AS NVARCHAR(40)), CompanyID,
                N'limit ' + ISNULL(CAST(@TotalTokenLimit AS NVARCHAR(40)), N'none')
                + CASE WHEN @Threshold > 0 THEN N', threshold ' + CAST(CAST(@Threshold AS DECIMAL(9, 4)) AS NVARCHAR(40)) ELSE N'' END
-               + ISNULL(N', now ' + @became, N'')
+               + CASE WHEN @after <> @before THEN N', now ' + @after ELSE N'' END
         FROM dbo.TokenMaster
         WHERE TokenID = @TokenID
         COMMIT TRANSACTION
@@ -2256,7 +2399,7 @@ GO
 -- 2026-11-22T12:13:21.123Z), IDs below @BeforeID (the next page), at most @Rows rows. Times come out
 -- as text in that form, newest rows first. RECOMPILE: one plan for all filters would be a bad one.
 -- vw_TokenStatus.
-ALTER PROCEDURE dbo.usp_ListTokens
+ALTER PROCEDURE dbo.usp_ListTokens -- (schema 2)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2298,7 +2441,8 @@ END
 GO
 
 -- What was used, by @By: day, branch, user or token. Rolled-up months are not in it (vw_UsageSummary).
-ALTER PROCEDURE dbo.usp_UsageReport
+-- North and north are two branches, whatever this database's collation; a company is one in any case.
+ALTER PROCEDURE dbo.usp_UsageReport -- (schema 2)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2314,7 +2458,7 @@ BEGIN
     SET @Rows = ISNULL(@Rows, 2147483647)
     IF @By = N'day'
         SELECT TOP (@Rows)
-               Day,
+               CAST(Day AS NVARCHAR(10)) AS Day,
                COUNT(*) AS Requests,
                SUM(RequestCount) AS RequestCount,
                SUM(InputTokens) AS InputTokens,
@@ -2326,7 +2470,8 @@ BEGIN
                SUM(CachedTokens) AS CachedTokens,
                SUM(TotalTokensUsed) AS TotalTokensUsed,
                SUM(UnknownCalls) AS UnknownCalls
-        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day
+        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day,
+                     u.Branch COLLATE Latin1_General_BIN2 AS ExactBranch, u.RequestedBy COLLATE Latin1_General_BIN2 AS ExactUser
               FROM dbo.TokenUsageLogs u
               LEFT JOIN dbo.TokenMaster t ON t.TokenID = u.TokenID) q
         WHERE (@CompanyID IS NULL OR UPPER(Company) = UPPER(@CompanyID))
@@ -2338,8 +2483,8 @@ BEGIN
         OPTION (RECOMPILE)
     ELSE IF @By = N'branch'
         SELECT TOP (@Rows)
-               MIN(Company) AS CompanyID,
-               Branch,
+               CAST(MIN(Company) AS NVARCHAR(256)) AS CompanyID,
+               CAST(ExactBranch AS NVARCHAR(256)) AS Branch,
                COUNT(*) AS Requests,
                SUM(RequestCount) AS RequestCount,
                SUM(InputTokens) AS InputTokens,
@@ -2351,20 +2496,21 @@ BEGIN
                SUM(CachedTokens) AS CachedTokens,
                SUM(TotalTokensUsed) AS TotalTokensUsed,
                SUM(UnknownCalls) AS UnknownCalls
-        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day
+        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day,
+                     u.Branch COLLATE Latin1_General_BIN2 AS ExactBranch, u.RequestedBy COLLATE Latin1_General_BIN2 AS ExactUser
               FROM dbo.TokenUsageLogs u
               LEFT JOIN dbo.TokenMaster t ON t.TokenID = u.TokenID) q
         WHERE (@CompanyID IS NULL OR UPPER(Company) = UPPER(@CompanyID))
           AND (@RequestID IS NULL OR RequestID = @RequestID)
           AND (@from IS NULL OR LoggedAt >= @from)
           AND (@to IS NULL OR LoggedAt < @to)
-        GROUP BY Company, Branch
-        ORDER BY TotalTokensUsed DESC, CompanyID, Branch
+        GROUP BY Company, ExactBranch
+        ORDER BY TotalTokensUsed DESC, MIN(Company), ExactBranch
         OPTION (RECOMPILE)
     ELSE IF @By = N'user'
         SELECT TOP (@Rows)
-               MIN(Company) AS CompanyID,
-               RequestedBy,
+               CAST(MIN(Company) AS NVARCHAR(256)) AS CompanyID,
+               CAST(ExactUser AS NVARCHAR(256)) AS RequestedBy,
                COUNT(*) AS Requests,
                SUM(RequestCount) AS RequestCount,
                SUM(InputTokens) AS InputTokens,
@@ -2376,21 +2522,22 @@ BEGIN
                SUM(CachedTokens) AS CachedTokens,
                SUM(TotalTokensUsed) AS TotalTokensUsed,
                SUM(UnknownCalls) AS UnknownCalls
-        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day
+        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day,
+                     u.Branch COLLATE Latin1_General_BIN2 AS ExactBranch, u.RequestedBy COLLATE Latin1_General_BIN2 AS ExactUser
               FROM dbo.TokenUsageLogs u
               LEFT JOIN dbo.TokenMaster t ON t.TokenID = u.TokenID) q
         WHERE (@CompanyID IS NULL OR UPPER(Company) = UPPER(@CompanyID))
           AND (@RequestID IS NULL OR RequestID = @RequestID)
           AND (@from IS NULL OR LoggedAt >= @from)
           AND (@to IS NULL OR LoggedAt < @to)
-        GROUP BY Company, RequestedBy
-        ORDER BY TotalTokensUsed DESC, CompanyID, RequestedBy
+        GROUP BY Company, ExactUser
+        ORDER BY TotalTokensUsed DESC, MIN(Company), ExactUser
         OPTION (RECOMPILE)
     ELSE IF @By = N'token'
         SELECT TOP (@Rows)
-               MIN(Company) AS CompanyID,
+               CAST(MIN(Company) AS NVARCHAR(256)) AS CompanyID,
                TokenID,
-               MAX(TokenSource) AS TokenSource,
+               CAST(MAX(TokenSource) AS NVARCHAR(20)) AS TokenSource,
                COUNT(*) AS Requests,
                SUM(RequestCount) AS RequestCount,
                SUM(InputTokens) AS InputTokens,
@@ -2402,7 +2549,8 @@ BEGIN
                SUM(CachedTokens) AS CachedTokens,
                SUM(TotalTokensUsed) AS TotalTokensUsed,
                SUM(UnknownCalls) AS UnknownCalls
-        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day
+        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day,
+                     u.Branch COLLATE Latin1_General_BIN2 AS ExactBranch, u.RequestedBy COLLATE Latin1_General_BIN2 AS ExactUser
               FROM dbo.TokenUsageLogs u
               LEFT JOIN dbo.TokenMaster t ON t.TokenID = u.TokenID) q
         WHERE (@CompanyID IS NULL OR UPPER(Company) = UPPER(@CompanyID))
@@ -2410,7 +2558,7 @@ BEGIN
           AND (@from IS NULL OR LoggedAt >= @from)
           AND (@to IS NULL OR LoggedAt < @to)
         GROUP BY Company, TokenID
-        ORDER BY TotalTokensUsed DESC, CompanyID, TokenID
+        ORDER BY TotalTokensUsed DESC, MIN(Company), TokenID
         OPTION (RECOMPILE)
     ELSE
         THROW 50001, N'@By must be day, branch, user or token', 1;
@@ -2418,7 +2566,7 @@ END
 GO
 
 -- ApplicationLogs. An entry has no company but that of its request. @ErrorsOnly 1: ERROR and CRITICAL.
-ALTER PROCEDURE dbo.usp_ListLogs
+ALTER PROCEDURE dbo.usp_ListLogs -- (schema 2)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2457,7 +2605,7 @@ END
 GO
 
 -- RetryAttempts.
-ALTER PROCEDURE dbo.usp_ListRetries
+ALTER PROCEDURE dbo.usp_ListRetries -- (schema 2)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2493,7 +2641,7 @@ END
 GO
 
 -- Reservations that are open or unsettled. @UnsettledOnly 1: vw_UnsettledRequests.
-ALTER PROCEDURE dbo.usp_ListReservations
+ALTER PROCEDURE dbo.usp_ListReservations -- (schema 2)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2564,7 +2712,7 @@ END
 GO
 
 -- How many tokens have which status.
-ALTER PROCEDURE dbo.usp_CountTokens
+ALTER PROCEDURE dbo.usp_CountTokens -- (schema 2)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2575,7 +2723,6 @@ AS
 BEGIN
     SET NOCOUNT ON
     SET XACT_ABORT ON
-    DECLARE @from DATETIME2(3) = CONVERT(DATETIME2(3), LEFT(@Since, 23), 126), @to DATETIME2(3) = CONVERT(DATETIME2(3), LEFT(@Until, 23), 126)
     SET @Rows = ISNULL(@Rows, 2147483647)
     SELECT TOP (@Rows)
            Status,
@@ -2589,7 +2736,7 @@ END
 GO
 
 -- AuditLog.
-ALTER PROCEDURE dbo.usp_ListAudit
+ALTER PROCEDURE dbo.usp_ListAudit -- (schema 2)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2628,84 +2775,73 @@ GO
 -- extract_app: the service. It may execute these procedures and touch no table: they reach the tables
 -- by ownership (both belong to dbo).
 -- extract_reader: people who look. extract_admin: people who administrate tokens, with extractctl.
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 8
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
 IF NOT EXISTS (SELECT 1 FROM sys.database_principals WHERE name = N'extract_app')
     CREATE ROLE extract_app
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.database_principals WHERE name = N'extract_reader')
     CREATE ROLE extract_reader
-GO
 IF NOT EXISTS (SELECT 1 FROM sys.database_principals WHERE name = N'extract_admin')
     CREATE ROLE extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_SchemaVersion TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_Ping TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_AcquireTokens TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_SettleUsage TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_RecordLogs TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_ExpireReservations TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_ListTokens TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_UsageReport TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_ListLogs TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_ListRetries TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_ListReservations TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_CountTokens TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_ListAudit TO extract_app
-GO
 GRANT EXECUTE ON dbo.usp_SchemaVersion TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_Ping TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_AddToken TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_SetTokenStatus TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_SetTokenKey TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_SetTokenLimit TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_ListTokens TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_UsageReport TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_ListLogs TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_ListRetries TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_ListReservations TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_CountTokens TO extract_admin
-GO
 GRANT EXECUTE ON dbo.usp_ListAudit TO extract_admin
-GO
 GRANT SELECT ON dbo.vw_TokenStatus TO extract_reader
-GO
 GRANT SELECT ON dbo.vw_UsageSummary TO extract_reader
-GO
 GRANT SELECT ON dbo.vw_RecentErrors TO extract_reader
-GO
 GRANT SELECT ON dbo.vw_FailedRetries TO extract_reader
-GO
 GRANT SELECT ON dbo.vw_UnsettledRequests TO extract_reader
+EXEC sp_set_session_context N'extract-fcgi setup', 9
 GO
 IF @@ERROR <> 0 SET NOEXEC ON
 GO
 
 -- ---- version -------------------------------------------------------------------------------
 
--- The version of this schema: one row, written last. Version grows with every change; Major only with
--- one that older programs cannot work with, and they refuse to. Never lowered.
+-- The version of this schema: one row, written last, and only when all of it is there, also where a tool
+-- has gone on after an error. Version grows with every change; Major only with one that older programs
+-- cannot work with, and they refuse to. Never lowered.
+IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 9
+    THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
+DECLARE @missing NVARCHAR(2000) = N''
+SELECT @missing = @missing + N' ' + v.name
+FROM (VALUES (N'vw_TokenStatus'), (N'vw_UsageSummary'), (N'vw_RecentErrors'), (N'vw_FailedRetries'), (N'vw_UnsettledRequests'),
+             (N'TR_TokenMaster_TotalTokenLimit'), (N'usp_SchemaVersion'), (N'usp_Ping'), (N'usp_EnsureSummary'), (N'usp_ChangeToken'),
+             (N'usp_UsableKey'), (N'usp_AcquireTokens'), (N'usp_SettleUsage'), (N'usp_RecordLogs'), (N'usp_ExpireReservations'),
+             (N'usp_TextFault'), (N'usp_AddToken'), (N'usp_SetTokenStatus'), (N'usp_SetTokenKey'), (N'usp_SetTokenLimit'),
+             (N'usp_ListTokens'), (N'usp_UsageReport'), (N'usp_ListLogs'), (N'usp_ListRetries'), (N'usp_ListReservations'),
+             (N'usp_CountTokens'), (N'usp_ListAudit')) AS v (name)
+WHERE NOT EXISTS (SELECT 1 FROM sys.sql_modules m
+                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 2)%')
+IF @missing <> N''
+BEGIN
+    SET @missing = N'extract-fcgi: the setup is not complete, and no version was noted. These are missing, or older:' + @missing;
+    THROW 50001, @missing, 1;
+END
+BEGIN TRANSACTION
 IF OBJECT_ID(N'dbo.SchemaVersion', N'U') IS NULL
     CREATE TABLE dbo.SchemaVersion (
         SchemaVersionID INT NOT NULL, Version INT NOT NULL, -- on one line: at the start of one tsql takes it for a command
@@ -2714,15 +2850,17 @@ IF OBJECT_ID(N'dbo.SchemaVersion', N'U') IS NULL
         CONSTRAINT PK_SchemaVersion PRIMARY KEY CLUSTERED (SchemaVersionID),
         CONSTRAINT CK_SchemaVersion_OneRow CHECK (SchemaVersionID = 1)
     )
-GO
 UPDATE dbo.SchemaVersion
-SET Version = 1, Major = 1, AppliedAt = SYSUTCDATETIME()
-WHERE SchemaVersionID = 1 AND Version < 1
-GO
+SET Version = 2, Major = 1, AppliedAt = SYSUTCDATETIME()
+WHERE SchemaVersionID = 1 AND Version < 2
 IF NOT EXISTS (SELECT 1 FROM dbo.SchemaVersion WHERE SchemaVersionID = 1)
-    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 1, 1)
-GO
-EXEC sp_releaseapplock @Resource = N'extract-fcgi setup', @LockOwner = N'Session'
+    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 2, 1)
+COMMIT TRANSACTION
+PRINT N'extract-fcgi: schema version 2 is complete'
 GO
 SET NOEXEC OFF
+GO
+-- Also after a failure, where the session goes on: others may try.
+IF APPLOCK_MODE(N'public', N'extract-fcgi setup', N'Session') <> N'NoLock'
+    EXEC sp_releaseapplock @Resource = N'extract-fcgi setup', @LockOwner = N'Session'
 GO

@@ -31,8 +31,9 @@ SERVED = "(t.Provider IS NULL OR t.Provider IN ('', 'Google', 'Gemini'))"
 USED_BY_ROWS = """((SELECT IFNULL(SUM(u.TotalTokensUsed), 0) FROM TokenUsageLogs u WHERE u.TokenID = t.TokenID)
     + (SELECT IFNULL(SUM(m.TotalTokensUsed), 0) FROM TokenUsageMonthly m WHERE m.TokenID = t.TokenID))"""
 # NVARCHAR(n) of the original, where n is what a value may overrun
-WIDTHS = {"Branch": 256, "RequestedBy": 256, "CompanyID": 256, "CompanyName": 256, "Provider": 256, "ApiKey": 1024,
-          "RequestID": 64, "ClientKeyID": 64, "Actor": 256}
+WIDTHS = {"Branch": 256, "RequestedBy": 256, "CompanyID": 256, "RequestID": 64, "ClientKeyID": 64}
+BLANKS = "".join(map(chr, range(1, 33))) + "\x7f"  # what clings to a key that was pasted
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class ServerError(Exception):
@@ -83,6 +84,23 @@ def compare(a: str, b: str) -> int:
     return (left > right) - (left < right)  # type: ignore[operator]
 
 
+def usable_key(stored: str | None) -> str | None:
+    """usp_UsableKey."""
+    key = (stored or "").strip(BLANKS)
+    return key if re.fullmatch("[!-~]{1,1024}", key) else None
+
+
+def text_fault(text: str | None) -> str | None:
+    """usp_TextFault."""
+    if text is None:
+        return None
+    if len(text.encode("utf-16-le")) > 2 * 256:
+        return "is too long: at most 256 characters"
+    if CONTROLS.search(text):
+        return "must not have control characters"
+    return "must not begin or end with a space" if text.strip(" ") != text else None
+
+
 def cut_reason(reason: str | None) -> str:
     return "no reason given" if not reason else reason.encode()[:800].decode(errors="ignore")
 
@@ -99,6 +117,7 @@ class Database:
         self.db.create_collation("NOCASE", compare)  # also where the schema says so
         self.db.create_function("to_ms", 1, to_ms, deterministic=True)
         self.db.create_function("fold", 1, fold, deterministic=True)
+        self.db.create_function("usable_key", 1, usable_key, deterministic=True)
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = OFF")  # the process may be killed, the machine not
         self.db.execute("PRAGMA foreign_keys = ON")
@@ -129,7 +148,8 @@ class Database:
                 raise ServerError(547, f"The statement conflicted with a constraint: {error}") from error
             except sqlite3.OperationalError as error:
                 self.db.execute("ROLLBACK")
-                raise ServerError(1105 if "full" in str(error) else 50000, str(error)) from error
+                number = 1105 if "full" in str(error) else 208 if "no such table" in str(error) else 50000
+                raise ServerError(number, str(error)) from error
             except BaseException:
                 self.db.execute("ROLLBACK")
                 raise
@@ -330,7 +350,9 @@ def grant_again(db: Database, item: dict[str, Any]) -> dict[str, Any] | None:
     row = db.row("SELECT r.TokenID, IFNULL(t.CompanyID, r.CompanyID), t.ApiKey FROM TokenReservations r"
                  " LEFT JOIN TokenMaster t ON t.TokenID = r.TokenID WHERE r.RequestID = ? AND r.Sequence = ?",
                  item["requestId"], item["sequence"])
-    return row and {"Grant": "token", "TokenID": row[0] or 0, "CompanyID": row[1], "ApiKey": row[2]}
+    if row and row[0] and usable_key(row[2]) is None:
+        raise BadItem(f"token {row[0]} has no usable CompanyID or ApiKey")
+    return row and {"Grant": "token", "TokenID": row[0] or 0, "CompanyID": row[1], "ApiKey": usable_key(row[2])}
 
 
 def release_previous(db: Database, now: int, item: dict[str, Any]) -> None:
@@ -357,7 +379,8 @@ def classify(c: tuple[Any, ...], item: dict[str, Any], now: int) -> str:
 def reserve(db: Database, now: int, item: dict[str, Any], token: int, company: str) -> dict[str, Any]:
     key = None
     if token:
-        company, key = db.row("SELECT CompanyID, ApiKey FROM TokenMaster WHERE TokenID = ?", token)  # type: ignore[misc]
+        company, key = db.row(  # type: ignore[misc]
+            "SELECT CompanyID, usable_key(ApiKey) FROM TokenMaster WHERE TokenID = ?", token)
         ensure_summary(db, token, stamp(now))
         db.run("UPDATE TokenUsageSummary SET ReservedTokens = ReservedTokens + ? WHERE TokenID = ?",
                item["estimate"], token)
@@ -368,7 +391,7 @@ def reserve(db: Database, now: int, item: dict[str, Any], token: int, company: s
 def choose(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
     candidates = [] if item["fallbackOnly"] else db.run(
         f"""SELECT t.TokenID, t.TotalTokenLimit, IFNULL(s.TotalUsedTokens, {USED_BY_ROWS}),
-                  IFNULL(s.ReservedTokens, 0), to_ms(t.CooldownUntil), LENGTH(t.ApiKey) BETWEEN 1 AND 1024
+                  IFNULL(s.ReservedTokens, 0), to_ms(t.CooldownUntil), usable_key(t.ApiKey) IS NOT NULL
             FROM TokenMaster t LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID
             WHERE t.CompanyID = ? AND t.Status = 'Active' AND {SERVED} ORDER BY t.TokenID""",
         item["companyId"]).fetchall()
@@ -583,15 +606,13 @@ def usp_AddToken(db: Database, Actor: str, CompanyID: str, ApiKey: str, CompanyN
                  TotalTokenLimit: int | None, Threshold: float | None) -> Result:
     now = stamp(now_ms())
     provider, threshold = Provider or "Gemini", Threshold or 0.8
-    for name, value in (("Actor", Actor), ("CompanyID", CompanyID), ("CompanyName", CompanyName),
-                        ("Provider", provider), ("ApiKey", ApiKey)):
-        fits(name, value)
-    if not Actor or not CompanyID or not ApiKey or not 0 < threshold <= 1:
+    faults = [text_fault(text) for text in (Actor, CompanyID, CompanyName, provider)]
+    if any(faults) or not Actor or not CompanyID or not usable_key(ApiKey) or not 0 < threshold <= 1:
         return Result([*OUTCOME, ("TokenID", T_BIGINT)], [["bad_value", "a value is missing or out of range", 0]])
     with db.transaction():
         token = db.run("INSERT INTO TokenMaster (CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, CreatedAt,"
                        " UpdatedAt) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6)",
-                       CompanyID, CompanyName, ApiKey, provider, TotalTokenLimit, now).lastrowid
+                       CompanyID, CompanyName, usable_key(ApiKey), provider, TotalTokenLimit, now).lastrowid
         assert token is not None
         db.run("INSERT INTO TokenUsageSummary (TokenID, TotalRemainingTokens, Threshold, LastUpdated)"
                " VALUES (?, ?, ?, ?)", token, TotalTokenLimit, threshold, now)
@@ -603,6 +624,9 @@ def usp_SetTokenStatus(db: Database, Actor: str, TokenID: int, Status: str, Reas
     now = stamp(now_ms())
     if Status not in ("Active", "Expired", "Exceeded", "Disabled"):
         return outcome("bad_value", "a status must be Active, Expired, Exceeded or Disabled")
+    for name, text in (("the actor's name", Actor), ("the reason", Reason)):
+        if fault := text_fault(text):
+            return outcome("bad_value", f"{name} {fault}")
     with db.transaction():
         old = db.one("SELECT Status FROM TokenMaster WHERE TokenID = ?", TokenID)
         if old is None:
@@ -616,10 +640,11 @@ def usp_SetTokenStatus(db: Database, Actor: str, TokenID: int, Status: str, Reas
 
 
 def usp_SetTokenKey(db: Database, Actor: str, TokenID: int, ApiKey: str) -> Result:
-    now = stamp(now_ms())
+    now, key = stamp(now_ms()), usable_key(ApiKey)
+    if key is None:
+        return outcome("bad_value", "an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII")
     with db.transaction():
-        if not db.run("UPDATE TokenMaster SET ApiKey = ?, UpdatedAt = ? WHERE TokenID = ?",
-                      fits("ApiKey", ApiKey), now, TokenID).rowcount:
+        if not db.run("UPDATE TokenMaster SET ApiKey = ?, UpdatedAt = ? WHERE TokenID = ?", key, now, TokenID).rowcount:
             return outcome("no_such_row", f"there is no token {TokenID}")
         audit(db, now, Actor, "token key changed", TokenID, None, None)
     return outcome()
@@ -631,9 +656,11 @@ def usp_SetTokenLimit(db: Database, Actor: str, TokenID: int, TotalTokenLimit: i
     room = ("(TotalTokenLimit IS NULL OR TotalTokenLimit > (SELECT s.TotalUsedTokens FROM TokenUsageSummary s"
             " WHERE s.TokenID = TokenMaster.TokenID))")
     with db.transaction():
-        if not db.run("UPDATE TokenMaster SET TotalTokenLimit = ?, UpdatedAt = ? WHERE TokenID = ?",
-                      TotalTokenLimit, now, TokenID).rowcount:
+        before = db.one("SELECT Status FROM TokenMaster WHERE TokenID = ?", TokenID)
+        if before is None:
             return outcome("no_such_row", f"there is no token {TokenID}")
+        # the trigger of the schema does some of what follows, where the limit was raised
+        db.run("UPDATE TokenMaster SET TotalTokenLimit = ?, UpdatedAt = ? WHERE TokenID = ?", TotalTokenLimit, now, TokenID)
         ensure_summary(db, TokenID, now)
         db.run("""UPDATE TokenUsageSummary
             SET TotalRemainingTokens = ?2 - TotalUsedTokens, Threshold = IFNULL(?3, Threshold),
@@ -642,15 +669,13 @@ def usp_SetTokenLimit(db: Database, Actor: str, TokenID: int, TotalTokenLimit: i
                                           THEN IFNULL(ThresholdCrossedAt, ?4) END,
                 LastUpdated = ?4
             WHERE TokenID = ?1""", TokenID, TotalTokenLimit, Threshold, now)
-        status = ""
-        if db.run("UPDATE TokenMaster SET Status = 'Active', StatusReason = NULL"
-                  f" WHERE TokenID = ? AND Status = 'Exceeded' AND {room}", TokenID).rowcount:
-            status = "Active"
-        elif db.run("UPDATE TokenMaster SET Status = 'Exceeded', StatusReason = 'limit reached'"
-                    f" WHERE TokenID = ? AND Status = 'Active' AND NOT {room}", TokenID).rowcount:
-            status = "Exceeded"
+        db.run("UPDATE TokenMaster SET Status = 'Active', StatusReason = NULL"
+               f" WHERE TokenID = ? AND Status = 'Exceeded' AND {room}", TokenID)
+        db.run("UPDATE TokenMaster SET Status = 'Exceeded', StatusReason = 'limit reached'"
+               f" WHERE TokenID = ? AND Status = 'Active' AND NOT {room}", TokenID)
+        after = db.one("SELECT Status FROM TokenMaster WHERE TokenID = ?", TokenID)
         audit(db, now, Actor, "token limit changed", TokenID, None,
-              describe(TotalTokenLimit, Threshold) + (f", now {status}" if status else ""))
+              describe(TotalTokenLimit, Threshold) + (f", now {after}" if fold(after) != fold(before) else ""))
     return outcome()
 
 
@@ -755,6 +780,9 @@ def usp_SchemaVersion(db: Database) -> Result:
 
 
 def usp_Ping(db: Database) -> Result:
+    with db.lock:
+        if not exists(db, "SchemaVersion"):
+            raise ServerError(208, "Invalid object name 'dbo.SchemaVersion'.")
     return Result([("Ok", T_INT)], [[1]])
 
 

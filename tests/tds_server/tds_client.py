@@ -3,10 +3,11 @@
 
 Without FreeTDS, so that what looks at the tables shares nothing with the driver under test. As a program,
 
-    tds_client.py --server HOST:PORT --user NAME --password-file FILE [--database NAME] [--script FILE …]
+    tds_client.py --server HOST:PORT --user NAME --password-file FILE [--database NAME] [--script FILE …] [--keep-going]
 
-runs scripts (batches separated by GO lines); without one it reads statements, each ended by a NUL, and answers each with
-one line: "=" and its first row ("|" between columns, NULL for NULL), or "!" and the error.
+runs scripts (batches separated by GO lines) up to the first error, or with --keep-going to their end, as tsql and SSMS
+do; without one it reads statements, each ended by a NUL, and answers each with one line: "=" and its first row ("|"
+between columns, NULL for NULL), or "!" and the error.
 """
 from __future__ import annotations
 
@@ -173,12 +174,15 @@ def batches(script: str) -> list[str]:
     return [b for b in re.split(r"^[ \t]*GO[ \t]*;?[ \t]*\r?$", script, flags=re.M | re.I) if b.strip()]
 
 
-def run_script(connection: Connection, path: Path) -> None:
+def run_script(connection: Connection, path: Path, keep_going: bool = False) -> None:
     for number, batch in enumerate(batches(path.read_text(encoding="utf-8-sig")), 1):
         try:
             connection.query(batch)
         except SqlError as error:
-            raise SystemExit(f"{path.name}, batch {number}: {error}\n{batch.strip()[:400]}") from error
+            said = f"{path.name}, batch {number}: {error}"
+            if not keep_going:
+                raise SystemExit(f"{said}\n{batch.strip()[:400]}") from error
+            print(said)
         for _, message in connection.messages:
             print(message)
 
@@ -211,6 +215,7 @@ def main() -> None:
     parser.add_argument("--password-file", type=Path, required=True)
     parser.add_argument("--database", default="")
     parser.add_argument("--script", type=Path, action="append")
+    parser.add_argument("--keep-going", action="store_true", help="with the next batch, after an error")
     arguments = parser.parse_args()
     password = arguments.password_file.read_text().rstrip("\r\n")
     try:
@@ -218,7 +223,7 @@ def main() -> None:
     except (OSError, SqlError, tds.Closed) as error:
         raise SystemExit(f"{arguments.server}: {error}") from error
     for path in arguments.script or []:
-        run_script(connection, path)
+        run_script(connection, path, arguments.keep_going)
     if not arguments.script:
         answer_statements(connection)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import tds
-from stand_in import PROCEDURES, Database, Result, ServerError, call, exists
+from stand_in import PROCEDURES, Database, Result, ServerError, call
 from tds import DONE, DONE_ATTENTION, DONE_COUNT, DONE_ERROR, DONE_MORE, DONEINPROC, DONEPROC, Reader, Wire, Writer
 
 NAME = "tds_server"
@@ -74,7 +74,7 @@ class Faults:
         with self.lock:
             self.faults: list[Fault] = []
             self.deadlocks, self.random = 0.0, random.Random(0)
-            self.refuse_logins, self.login_seconds = 0, 0.0
+            self.refuse_logins, self.refuse_times, self.login_seconds = 0, -1, 0.0
             self.bad_certificate = self.away = False
             self.calls: dict[str, int] = {}
             self.counts = {"connections": 0, "logins": 0, "refused": 0, "deadlocks": 0, "played": 0, "attentions": 0}
@@ -82,6 +82,14 @@ class Faults:
     def count(self, what: str) -> None:
         with self.lock:
             self.counts[what] += 1
+
+    def next_login(self) -> int:
+        """The error of this login."""
+        with self.lock:
+            if self.refuse_times == 0:
+                return 0
+            self.refuse_times -= 1
+            return self.refuse_logins
 
     def next(self, procedure: str) -> Fault | None:
         """The fault of this call."""
@@ -120,6 +128,7 @@ class Faults:
         elif do == "logins":
             with self.lock:
                 self.refuse_logins, self.login_seconds = command.get("refuse", 0), command.get("seconds", 0.0)
+                self.refuse_times = command.get("times", -1)
         elif do == "certificate":
             with self.lock:
                 self.bad_certificate = command["which"] == "bad"
@@ -236,7 +245,8 @@ TEXT = r"N?'((?:[^']|'')*)'"
 STRING = re.compile(r"\bN('(?:[^']|'')*')", re.I)
 SYSUTC = re.compile(r"DATEADD\(\s*(MILLI)?SECOND\s*,\s*(-?\d+)\s*,\s*SYSUTCDATETIME\(\)\s*\)", re.I)
 CHECK = re.compile(r"ALTER TABLE (\w+) (?:WITH \w+ )?ADD CONSTRAINT (\w+) CHECK \((.*)\);?\s*$", re.I | re.S)
-RENAME = re.compile(rf"EXEC(?:UTE)? (?:sys\.)?sp_rename {TEXT}, {TEXT};?\s*$", re.I)
+RENAME = re.compile(rf"EXEC(?:UTE)? (?:sys\.)?sp_rename {TEXT}, {TEXT}(?:, N'OBJECT')?;?\s*$", re.I)
+CALL = re.compile(rf"EXEC(?:UTE)?\s+((?:dbo\.)?usp_\w+)((?:[\s,]+@\w+\s*=\s*(?:{TEXT}|[\w.-]+))*)\s*;?", re.I)
 GET_LOCK = re.compile(r"\bsp_getapplock\b", re.I)
 GIVE_LOCK = re.compile(r"\bsp_releaseapplock\b", re.I)
 
@@ -259,6 +269,15 @@ def lock_arguments(sql: str, at: int) -> dict[str, str]:
             ((m[1], m[2], m[3]) for m in re.finditer(rf"@(\w+)\s*=\s*(?:{TEXT}|(-?\d+))", sql[at:]))}
 
 
+def call_arguments(text: str) -> list[tuple[str, Any]]:
+    """@Name = literal, …"""
+    arguments: list[tuple[str, Any]] = []
+    for name, string, word in re.findall(rf"(@\w+)\s*=\s*(?:{TEXT}|([\w.-]+))", text):
+        number = float(word) if "." in word else int(word) if word and word.upper() != "NULL" else None
+        arguments.append((name, number if word else string.replace("''", "'")))
+    return arguments
+
+
 class Batch:
     """Judges one SQL batch of a session."""
 
@@ -270,7 +289,7 @@ class Batch:
         if first == "USE":
             self.session.use(re.sub(r"^USE\s+\[?(\w+)\]?.*", r"\1", self.bare, flags=re.I | re.S))
             return []
-        if first in ("EXEC", "EXECUTE", "DECLARE") and (GET_LOCK.search(self.bare) or GIVE_LOCK.search(self.bare)):
+        if first in ("EXEC", "EXECUTE", "DECLARE", "IF") and (GET_LOCK.search(self.bare) or GIVE_LOCK.search(self.bare)):
             return self._lock()
         if match := re.match(r"CREATE DATABASE \[?(\w+)", self.bare, re.I):
             self._owners_only(262, "CREATE DATABASE permission denied in database 'master'.")
@@ -286,9 +305,8 @@ class Batch:
             return self._query(f"ALTER TABLE {match[1].removeprefix('dbo.')} RENAME TO {match[2]}")
         if first in ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH") or re.match(r"(DROP VIEW|DROP TABLE) \w", self.bare):
             return self._query(self.bare)
-        if first in ("EXEC", "EXECUTE") and (
-                match := re.fullmatch(r"EXEC(?:UTE)?\s+((?:dbo\.)?usp_\w+)\s*;?", self.bare, re.I)):
-            result = call(self.session.database(), match[1], [])
+        if match := CALL.fullmatch(self.bare):
+            result = call(self.session.database(), match[1], call_arguments(match[2]))
             return [result] if result is not None else []
         self._setup()
         return []
@@ -323,8 +341,6 @@ class Batch:
         import sqlite3
         self._owners_only(229, "The SELECT permission was denied on the object.")
         database = self.session.database()
-        if "SchemaVersion" in sql and "SchemaVersion" in self.sql and not exists(database, "SchemaVersion"):
-            raise ServerError(208, "Invalid object name 'SchemaVersion'.")
         if "@@" in sql or re.search(r"SERVERPROPERTY|DB_NAME|SUSER_|COMPATIBILITY", sql, re.I):
             return []
         try:
@@ -461,7 +477,7 @@ class Session(socketserver.BaseRequestHandler):
         faults.count("logins")
         if faults.login_seconds:
             time.sleep(faults.login_seconds)
-        number = faults.refuse_logins
+        number = faults.next_login()
         if not number and self.settings.users.get(login.user) != login.password:
             number = 18456
         try:

@@ -250,6 +250,35 @@ def test_refusals(sa: Connection, dblib: DbLib, dbproc: Any, name: str, paramete
     assert dblib.call(dbproc, "usp_Ping") == [{"Ok": 1}], "the connection is as good as before"
 
 
+def test_calls_in_batches(sa: Connection) -> None:
+    """With literals, as a DBA writes them."""
+    add = "EXEC dbo.usp_AddToken @Actor = N'it''s me', @CompanyID = 'B, @C = 1', @ApiKey = N'key'"
+    [(names, [[code, message, token]])] = sa.query(f"{add}, @TotalTokenLimit = 12, @Threshold = 0.5, @Provider = NULL")
+    assert (names, code, message) == (["Code", "Message", "TokenID"], "ok", None)
+    assert sa.rows("SELECT CompanyID, TotalTokenLimit FROM TokenMaster WHERE TokenID = ?", token) \
+        == [{"CompanyID": "B, @C = 1", "TotalTokenLimit": 12}]
+    assert sa.rows("SELECT Actor FROM AuditLog ORDER BY AuditID DESC")[0] == {"Actor": "it's me"}
+    for call, number in (("EXEC usp_SetTokenKey @Actor = N'a', @TokenID = 1", 201),
+                         ("EXEC usp_SetTokenKey @Actor = N'a', @TokenID = N'1', @ApiKey = N'k'", 8114)):
+        with pytest.raises(SqlError) as refused:
+            sa.query(call)
+        assert refused.value.number == number
+
+
+def test_scripts_to_their_end(server: TdsServer, sa: Connection, tmp_path: Path) -> None:
+    """--keep-going: an error ends its batch only."""
+    script = tmp_path / "script.sql"
+    script.write_text("DELETE FROM ApplicationLogs\nGO\nSELECT Odd FROM Nowhere\nGO\n"
+                      "INSERT INTO ApplicationLogs (LogLevel) VALUES ('INFO')\nGO\n")
+    (tmp_path / "password").write_text(PASSWORD)
+    command = [str(HERE / "tds_client.py"), "--server", server.address, "--user", "sa", "--password-file",
+               str(tmp_path / "password"), "--database", "store", "--script", str(script)]
+    for more, status, rows in (([], 1, 0), (["--keep-going"], 0, 1)):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=30)
+        assert done.returncode == status and "batch 2: error 208" in done.stdout + done.stderr
+        assert sa.rows("SELECT COUNT(*) AS n FROM ApplicationLogs") == [{"n": rows}]
+
+
 def test_application_lock(server: TdsServer, sa: Connection) -> None:
     def take(timeout: int) -> str:
         return f"EXEC sp_getapplock @Resource = N'x', @LockMode = 'Exclusive', @LockOwner = 'Session', @LockTimeout = {timeout}"

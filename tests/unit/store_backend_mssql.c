@@ -103,6 +103,33 @@ static void start_client(void)
     client.pid = start(argv, &client.in, &client.out);
 }
 
+int mssql_run_script(const char *path)
+{
+    char python[] = PYTHON;
+    char program[] = CLIENT;
+    char server_flag[] = "--server";
+    char user_flag[] = "--user";
+    char password_flag[] = "--password-file";
+    char database_flag[] = "--database";
+    char script_flag[] = "--script";
+    char keep_going[] = "--keep-going";
+    char script[512];
+    char *const argv[] = {
+        python,      program,       server_flag,          server.server, user_flag,
+        server.user, password_flag, server.password_file, database_flag, fixture.database,
+        script_flag, script,        keep_going,           NULL};
+    FILE *out = NULL;
+    int status = 0;
+
+    snprintf(script, sizeof script, "%s", path);
+    pid_t pid = start(argv, NULL, &out);
+    while (fgetc(out) != EOF) /* what it prints is not looked at */
+        ;
+    fclose(out);
+    assert_int_equal(pid, waitpid(pid, &status, 0));
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
 static void stop_client(void)
 {
     if (client.in != NULL)
@@ -338,6 +365,12 @@ static void destroy(void)
     backend_remove_directory();
 }
 
+static void widen_keys(void)
+{
+    exec("DROP VIEW vw_TokenStatus"); /* PostgreSQL, under Babelfish, wants that */
+    exec("ALTER TABLE TokenMaster ALTER COLUMN ApiKey NVARCHAR(MAX)");
+}
+
 static bool unescapes_json(void)
 {
     return server.ours || strcmp(ask("SELECT value FROM OPENJSON('[\"\\\\\"]')"), "=\\") == 0;
@@ -351,6 +384,7 @@ const struct backend mssql_backend = {
     .destroy = destroy,
     .exec = exec,
     .row = row,
+    .widen_keys = widen_keys,
     .unescapes_json = unescapes_json,
     .a_minute_ago = "DATEADD(SECOND, -61, SYSUTCDATETIME())",
     .in_an_hour = "DATEADD(SECOND, 3600, SYSUTCDATETIME())",

@@ -295,7 +295,7 @@ static void a_pasted_key_is_trimmed(void **state)
         "\t\nAIza-pasted \x01\x7F",
     };
     struct store_acquire a;
-    sql("INSERT INTO TokenMaster (TokenID, CompanyID, ApiKey) VALUES (1, 'NT047', '')");
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('NT047', '')");
     for (size_t i = 0; i < sizeof pasted / sizeof pasted[0]; i++) {
         sql("UPDATE TokenMaster SET ApiKey = '%s' WHERE TokenID = 1", pasted[i]);
         assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
@@ -307,6 +307,7 @@ static void a_pasted_key_is_trimmed(void **state)
         sql("UPDATE TokenMaster SET ApiKey = '%s' WHERE TokenID = 1", unusable[i]);
         assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
     }
+    backend->widen_keys();
     sql("UPDATE TokenMaster SET ApiKey = '%01025d'", 7);
     assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
     sql("UPDATE TokenMaster SET ApiKey = '%01024d\r\n'", 7);
@@ -320,6 +321,13 @@ static void a_pasted_key_is_trimmed(void **state)
         assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
         assert_string_equal("the-good-one", a.api_key);
     }
+    /* one that was granted and spoilt since: the repeat has no key to give */
+    sql("UPDATE TokenMaster SET ApiKey = 'two words'");
+    struct store_acquire *again = &a;
+    struct err err = {0};
+    assert_int_equal(ERR_NONE, driver->acquire(store, &again, 1, &err));
+    assert_int_equal(ERR_BAD_VALUE, a.code);
+    assert_string_equal("", a.api_key);
     expect_sums();
 }
 
@@ -1365,6 +1373,9 @@ static void sets_a_limit(void **state)
     expect_sums();
 }
 
+#define NEWEST_DETAIL \
+    "SELECT Detail FROM AuditLog WHERE AuditID = (SELECT MAX(AuditID) FROM AuditLog)"
+
 /* By plain SQL as by extractctl. */
 static void a_limit_that_is_raised_by_hand_frees_a_token(void **state)
 {
@@ -1391,8 +1402,10 @@ static void a_limit_that_is_raised_by_hand_frees_a_token(void **state)
     sql("UPDATE TokenMaster SET TotalTokenLimit = 150");
     expect("Active|NULL|100|50", look);
     expect("2026-01-01T00:00:00.000Z|2026-01-01T00:00:00.000Z|1|0",
-           "SELECT t.UpdatedAt, s.LastUpdated, s.ThresholdCrossedAt IS NOT NULL, s.ReservedTokens"
-           " FROM TokenMaster t JOIN TokenUsageSummary s ON s.TokenID = t.TokenID");
+           "SELECT t.UpdatedAt, s.LastUpdated, " IS_SET(
+               "s.ThresholdCrossedAt") ", s.ReservedTokens"
+                                       " FROM TokenMaster t JOIN TokenUsageSummary s ON s.TokenID "
+                                       "= t.TokenID");
     expect("0", "SELECT COUNT(*) FROM AuditLog WHERE Action = 'token limit changed'");
     assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
     s = a_settlement(a.request_id, id, 50);
@@ -1423,9 +1436,48 @@ static void a_limit_that_is_raised_by_hand_frees_a_token(void **state)
     sql("UPDATE TokenMaster SET Status = 'Exceeded'");
     assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 1000, 0, &err));
     expect("Active|NULL|150|850", look);
-    expect("limit 1000, now Active", "SELECT Detail FROM AuditLog ORDER BY AuditID DESC LIMIT 1");
+    expect("limit 1000, now Active", NEWEST_DETAIL);
     assert_int_equal(ERR_NONE, driver->token_set_limit(store, "anna", id, 100, 0, &err));
-    expect("limit 100, now Exceeded", "SELECT Detail FROM AuditLog ORDER BY AuditID DESC LIMIT 1");
+    expect("limit 100, now Exceeded", NEWEST_DETAIL);
+    expect_sums();
+}
+
+/* One statement, several tokens: each by its own limit and use. */
+static void limits_that_are_raised_together_free_each_token(void **state)
+{
+    (void)state;
+    static const struct {
+        int64_t limit;
+        const char *status; /* and whether it is as it was, after all limits are doubled */
+        const char *after;
+    } tokens[] = {
+        {100, "Exceeded", "Active|100"},   /* used 100 of 200 */
+        {50, "Exceeded", "Exceeded|0"},    /* used 100 of 100 */
+        {100, "Disabled", "Disabled|100"}, /* not for the limit's sake */
+        {-1, "Exceeded", "Exceeded|NULL"}, /* none before, none now */
+        {500, "Active", "Active|900"},
+    };
+    const size_t count = sizeof tokens / sizeof tokens[0];
+    for (size_t i = 0; i < count; i++) {
+        char request_id[UUID_TEXT_SIZE];
+        int64_t id = add_token("NT047", tokens[i].limit);
+        uuid_v7(request_id);
+        struct store_settlement s = a_settlement(request_id, id, 100);
+        settle(&s);
+        sql("UPDATE TokenMaster SET Status = '%s' WHERE TokenID = %lld", tokens[i].status,
+            (long long)id);
+    }
+    sql("UPDATE TokenMaster SET TotalTokenLimit = TotalTokenLimit * 2");
+    for (size_t i = 0; i < count; i++)
+        expect(tokens[i].after,
+               "SELECT t.Status, s.TotalRemainingTokens FROM TokenMaster t"
+               " JOIN TokenUsageSummary s ON s.TokenID = t.TokenID WHERE t.TokenID = %zu",
+               i + 1);
+    expect_sums();
+    sql("UPDATE TokenMaster SET TotalTokenLimit = NULL, Status = 'Exceeded' WHERE TokenID > 1");
+    expect("Active|NULL", "SELECT t.Status, s.TotalRemainingTokens FROM TokenMaster t"
+                          " JOIN TokenUsageSummary s ON s.TokenID = t.TokenID WHERE t.TokenID = 2");
+    expect("Exceeded", "SELECT Status FROM TokenMaster WHERE TokenID = 4");
     expect_sums();
 }
 
@@ -1595,6 +1647,24 @@ static void shows_usage(void **state)
     expect_view("40", VIEW_USAGE_BY_TOKEN, (struct store_filter){.request_id = ID(3)},
                 "TotalTokensUsed");
     expect("175", "SELECT SUM(TotalTokensUsed) FROM vw_UsageSummary WHERE TokenID IS NOT NULL");
+}
+
+/* Names of branches and people are as they are; a company's is one in any case. */
+static void reports_tell_names_apart_by_case(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", -1);
+    settle_for(ID(1), id, "NT047", "North", "Ann", 1, T0);
+    settle_for(ID(2), id, "nt047", "north", "ANN", 2, T0);
+    settle_for(ID(3), id, "NT047", "NORTH", "ann", 4, T0);
+    settle_for(ID(4), id, "nt047", "North", "Ann", 8, T0);
+    settle_for(ID(5), id, "NT047", "Nörth", "Änn", 16, T0);
+    settle_for(ID(6), id, "NT047", "NÖrth", "änn", 32, T0);
+    expect_view("NÖrth|32;Nörth|16;North|9;NORTH|4;north|2", VIEW_USAGE_BY_BRANCH, ALL,
+                "Branch TotalTokensUsed");
+    expect_view("änn|32;Änn|16;Ann|9;ann|4;ANN|2", VIEW_USAGE_BY_USER, ALL,
+                "RequestedBy TotalTokensUsed");
+    expect_view("1|63", VIEW_USAGE_BY_TOKEN, ALL, "TokenID TotalTokensUsed");
 }
 
 static void shows_logs_and_the_rest(void **state)
@@ -2638,10 +2708,12 @@ static int rounds_in_process(int n)
         if (!copy_into_place("a.db"))
             wrong = 11;
     }
-    while (clock_monotonic_ms() < end_ms && wrong == 0)
+    /* On a busy machine all that time may be gone. The DBA's round is in the file that stays. */
+    while (wrong == 0 && (clock_monotonic_ms() < end_ms || atomic_load(&served) < 1)) {
         wrong = one_round(own);
-    if (wrong == 0 && n > 0 && atomic_load(&served) < 1)
-        wrong = 12;
+        if (clock_monotonic_ms() > end_ms + 30000)
+            wrong = 12;
+    }
     driver->close(own);
     return wrong;
 }
@@ -2779,6 +2851,125 @@ static void a_refused_row_fails_alone_in_the_end(void **state)
     expect("2|20", "SELECT COUNT(*), SUM(TotalTokensUsed) FROM TokenUsageLogs");
     expect("open", "SELECT State FROM TokenReservations WHERE RequestID = '" ID(2) "'");
     expect_sums();
+}
+
+/* Who calls the procedures by hand gets what the programs get. */
+static void the_procedures_check_what_comes_in(void **state)
+{
+    (void)state;
+#define ADD "usp_AddToken @Actor = 'anna', @CompanyID = 'B', @ApiKey = "
+#define ADD_TO "usp_AddToken @Actor = 'anna', @ApiKey = 'key', @CompanyID = "
+#define SET_KEY "usp_SetTokenKey @Actor = 'anna', @TokenID = 1, @ApiKey = "
+#define DISABLE "usp_SetTokenStatus @Actor = 'anna', @TokenID = 1, @Status = 'Disabled', @Reason = "
+    static char sevens[1026];
+    memset(sevens, '7', 1025);
+    const char *const too_long_a_key = sevens;
+    const char *const too_long_a_text = sevens + 1025 - 257;
+    const struct {
+        const char *expected; /* the beginning of the first row */
+        const char *call;
+        const char *last; /* parameter */
+    } calls[] = {
+        {"ok|NULL|1",
+         "usp_AddToken @Actor = 'anna', @CompanyID = 'NT047', @TotalTokenLimit = 100, "
+         "@ApiKey = ",
+         "\r\n AIza-pasted\x7F \n"},
+        {"bad_value", ADD, "two words"},
+        {"bad_value", ADD, "\n"},
+        {"bad_value", ADD, too_long_a_key},
+        {"bad_value", ADD_TO, "B\nB"},
+        {"bad_value", ADD_TO, " B"},
+        {"bad_value", ADD_TO, too_long_a_text},
+        {"bad_value", "usp_AddToken @CompanyID = 'B', @ApiKey = 'key', @Actor = ", "an\tna"},
+        {"ok|NULL", SET_KEY, "\tAIza-new\n"},
+        {"bad_value", SET_KEY, "schlüssel"},
+        {"bad_value", SET_KEY, too_long_a_key},
+        {"bad_value", DISABLE, "two\nlines"},
+        {"bad_value", DISABLE, "next\xC2\x85line"},
+        {"bad_value", DISABLE, "another\u2028line"},
+        {"bad_value", DISABLE, "at the end "},
+        {"bad_value", DISABLE, too_long_a_text},
+        {"no_such_row",
+         "usp_SetTokenStatus @Actor = 'anna', @TokenID = 9, @Reason = 'x', @Status = ", "Disabled"},
+    };
+    for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
+        char text[2048];
+        char value[512];
+        snprintf(text, sizeof text, "EXEC dbo.%s'%s'", calls[i].call, calls[i].last);
+        backend->row(text, value, sizeof value);
+        if (strncmp(calls[i].expected, value, strlen(calls[i].expected)) != 0)
+            fail_msg("%s: %s", text, value);
+    }
+    expect("1|AIza-new|Active", "SELECT COUNT(*), MAX(ApiKey), MAX(Status) FROM TokenMaster");
+    expect("2", "SELECT COUNT(*) FROM AuditLog");
+    expect("ok|NULL", "EXEC dbo.usp_SetTokenStatus @Actor = 'anna', @TokenID = 1,"
+                      " @Status = 'Exceeded', @Reason = '漢字 it''s'");
+    expect("Exceeded|漢字 it's", "SELECT Status, StatusReason FROM TokenMaster");
+    expect("ok|NULL", "EXEC dbo.usp_SetTokenLimit @Actor = 'anna', @TokenID = 1,"
+                      " @TotalTokenLimit = 200, @Threshold = NULL");
+    expect("limit 200, now Active", NEWEST_DETAIL);
+}
+
+/* ---- a live server only: the setup script itself ---- */
+
+/* The setup script with the first old replaced, run by a tool that goes on after an error. */
+static void run_broken_setup(const char *old, const char *new)
+{
+    const char *at = strstr(embed_setup_database, old);
+    char path[128];
+
+    assert_non_null(at);
+    snprintf(path, sizeof path, "%s/broken.sql", fixture.directory);
+    FILE *f = fopen(path, "w");
+    assert_non_null(f);
+    fwrite(embed_setup_database, 1, (size_t)(at - embed_setup_database), f);
+    fprintf(f, "%s%s", new, at + strlen(old));
+    assert_int_equal(0, fclose(f));
+    assert_int_equal(0, mssql_run_script(path));
+}
+
+/* In each of its steps. */
+static void a_setup_that_failed_notes_no_version(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *old;
+        const char *new;
+    } breakages[] = {
+        {"IF @no IS NOT NULL", "SET @no = N'no'\nIF @no IS NOT NULL"},
+        {"SET @old = CASE", "SELECT 1 / 0\nSET @old = CASE"},
+        {"CREATE TABLE dbo.AuditLog",
+         "CREATE TABLE dbo.AuditLog (Odd Odd)\nCREATE TABLE dbo.AuditLog"},
+        {"SET @token_type = (SELECT UPPER", "SELECT 1 / 0\nSET @token_type = (SELECT UPPER"},
+        {"ON dbo.AuditLog (Timestamp)", "ON dbo.AuditLog (Nothing)"},
+        {"MAX(u.LastUsed) AS LastUsed", "MAX(u.Nothing) AS LastUsed"},
+        {"AFTER UPDATE\nAS", "AFTER NOTHING\nAS"},
+        {"ALTER PROCEDURE dbo.usp_SettleUsage", "ALTER PROCEDURE dbo.usp_SettleNothing"},
+        {"GRANT EXECUTE ON dbo.usp_Ping TO extract_app",
+         "GRANT EXECUTE ON dbo.usp_Nothing TO extract_app"},
+    };
+    struct err err = {0};
+    backend->attach();
+    for (size_t i = 0; i < sizeof breakages / sizeof breakages[0]; i++) {
+        sql("DROP PROCEDURE IF EXISTS dbo.usp_SettleUsage"); /* that of the run before is good */
+        run_broken_setup(breakages[i].old, breakages[i].new);
+        char found[64];
+        backend->row("SELECT OBJECT_ID('dbo.SchemaVersion')", found, sizeof found);
+        if (strcmp(found, "NULL") != 0)
+            fail_msg("a version was noted in spite of: %s", breakages[i].new);
+    }
+    run_broken_setup("", "");
+    expect("2|1", "SELECT Version, Major FROM SchemaVersion");
+    /* of an older schema all is replaced, or it stays the older one */
+    sql("UPDATE SchemaVersion SET Version = 1");
+    run_broken_setup("CREATE VIEW dbo.vw_FailedRetries AS", "CREATE VIEW dbo.vw_FailedRetries SA");
+    expect("1", "SELECT Version FROM SchemaVersion");
+    store = open_store(true, &err);
+    if (store == NULL)
+        fail_msg("%s", err.message);
+    driver->close(store);
+    store = NULL;
+    expect("2|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
 }
 
 /* ---- tests/tds_server only: faults ---- */
@@ -3118,6 +3309,7 @@ static const struct CMUnitTest contract[] = {
     CONTRACT(grants_a_token_and_reserves),
     CONTRACT(grants_again_without_reserving_twice),
     CONTRACT(knows_rows_written_by_hand),
+    CONTRACT(a_pasted_key_is_trimmed),
     CONTRACT(compares_companies_without_case),
     CONTRACT(serves_its_provider_only),
     CONTRACT(chooses_among_the_usable),
@@ -3153,8 +3345,11 @@ static const struct CMUnitTest contract[] = {
     CONTRACT(sets_a_status),
     CONTRACT(sets_a_key),
     CONTRACT(sets_a_limit),
+    CONTRACT(a_limit_that_is_raised_by_hand_frees_a_token),
+    CONTRACT(limits_that_are_raised_together_free_each_token),
     CONTRACT(shows_tokens),
     CONTRACT(shows_usage),
+    CONTRACT(reports_tell_names_apart_by_case),
     CONTRACT(shows_logs_and_the_rest),
     CONTRACT(threads_share_a_store),
     CLOSED(processes_keep_the_sums),
@@ -3163,8 +3358,6 @@ static const struct CMUnitTest contract[] = {
 };
 
 static const struct CMUnitTest embedded[] = {
-    CONTRACT(a_pasted_key_is_trimmed),
-    CONTRACT(a_limit_that_is_raised_by_hand_frees_a_token),
     CONTRACT(the_files_are_private_and_durable),
     CLOSED(sets_up_only_where_allowed),
     CLOSED(refuses_what_is_no_store),
@@ -3189,6 +3382,11 @@ static const struct CMUnitTest embedded[] = {
 static const struct CMUnitTest server_side[] = {
     CLOSED(sets_up_a_database_only_where_allowed),
     CONTRACT(a_refused_row_fails_alone_in_the_end),
+    CONTRACT(the_procedures_check_what_comes_in),
+};
+
+static const struct CMUnitTest script[] = {
+    CLOSED(a_setup_that_failed_notes_no_version),
 };
 
 static const struct CMUnitTest faults[] = {
@@ -3230,6 +3428,8 @@ int main(int argc, char **argv)
         failed += cmocka_run_group_tests_name("SQL Server", server_side, NULL, NULL);
         if (mssql_server_is_ours())
             failed += cmocka_run_group_tests_name("SQL Server: faults", faults, NULL, NULL);
+        else
+            failed += cmocka_run_group_tests_name("SQL Server: setup script", script, NULL, NULL);
         mssql_server_stop(NULL);
     }
     return failed == 0 ? 0 : 1;

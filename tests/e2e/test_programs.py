@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BUILD, PATIENCE, ROOT, Answer, Emulator, Stack, eventually, form, free_port, listening, start_nginx
+from conftest import (BUILD, PATIENCE, ROOT, TEST_STORE, Answer, Emulator, Stack, eventually, form, free_port, listening,
+                      start_nginx)
 
 SERVICE, CTL = str(BUILD / "extract-fcgi"), str(BUILD / "extractctl")
 VERSION = re.search(r"^VERSION\s*:?=\s*(\S+)", (ROOT / "Makefile").read_text(), re.M)[1]  # type: ignore[index]
@@ -108,7 +109,9 @@ def test_defaults() -> None:
     ("[server]\nnonsense\n", 2, []),
     ("[gemini]\nbase_url = http://gemini.example\n", 2, ["base_url", "https://"]),
     ("[auth]\nmode = bearer\n", 2, ["bearer is not available"]),
-    ("[store]\ndriver = mssql\n", 2, ["mssql is not available"]),
+    ("[store]\ndriver = oracle\n", 2, ["driver", "sqlite", "mssql"]),
+    ("[store]\ndriver = mssql\nserver = db.example:1433\nconnection_file = /dev/null\n", 3,
+     ["server", "connection_file says that already"]),
     ("[seal]\nkey_file = /dev/null\n", 2, ["key_file"]),
     ("[fallback]\nkey_file = /nonexistent/appSetting.txt\n", 2, ["/nonexistent/appSetting.txt"]),
 ])
@@ -128,7 +131,7 @@ def test_faulty_file_is_refused(tmp_path: Path, text: str, line: int, words: lis
     ("EXTRACT_NONSENSE", "3", ["unknown variable"]),
     ("EXTRACT_SERVER_THREADS", "many", ["1024"]),
     ("EXTRACT_AUTH_MODE", "bearer", ["not available"]),
-    ("EXTRACT_STORE_DRIVER", "mssql", ["not available"]),
+    ("EXTRACT_STORE_DRIVER", "oracle", ["sqlite", "mssql"]),
     ("EXTRACT_SEAL_KEY_FILE", "/dev/null", []),
     ("EXTRACT_RETRY_INITIAL_DELAY", "60", ["initial_delay", "max_delay"]),
 ])
@@ -138,6 +141,18 @@ def test_faulty_variable_is_refused(name: str, value: str, words: list[str]) -> 
         assert (refused.returncode, refused.stdout) == (1, "")
         assert name in refused.stderr and all(word in refused.stderr for word in words), refused.stderr
     assert run(CTL, "token", "list", env={name: value}).returncode == 2
+
+
+@pytest.mark.parametrize("missing", ["server", "database", "user", "password_file"])
+def test_mssql_needs_to_know_its_server(missing: str) -> None:
+    """All of it, or a connection_file."""
+    known = {"server": "db.example:1433", "database": "extract", "user": "app", "password_file": "/dev/null"}
+    env = {f"EXTRACT_STORE_{name.upper()}": value for name, value in known.items() if name != missing}
+    for program in ([SERVICE, "--check-config"], [SERVICE]):
+        refused = run(*program, env={"EXTRACT_STORE_DRIVER": "mssql", **env})
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.startswith(f"extract-fcgi: [store] {missing} ") and refused.stderr.count("\n") == 1
+        assert "connection_file" in refused.stderr
 
 
 def test_seal_is_refused(tmp_path: Path) -> None:
@@ -489,7 +504,7 @@ def listed(stack: Stack, *arguments: str) -> list[dict[str, Any]]:
 def test_usage(stack: Stack, history: dict[str, Any], by: str, column: str, expected: dict[str, int] | None) -> None:
     rows = listed(stack, "usage", "--company", "h", "--by", by)
     if expected is None:
-        expected = {stack.sql("SELECT SUBSTR(MIN(LoggedAt), 1, 10) AS Day FROM TokenUsageLogs")[0]["Day"]: 3}
+        expected = {stack.sql("SELECT MIN(LoggedAt) AS First FROM TokenUsageLogs")[0]["First"][:10]: 3}
     expected = {history.get(name, name): count for name, count in expected.items()}
     assert {row[column]: row["Requests"] for row in rows} == expected
     assert {row[column]: row["TotalTokensUsed"] for row in rows} == {
@@ -574,8 +589,8 @@ def test_key_is_never_shown(stack: Stack, emulator: Emulator, company: str, pdf:
         said += [stack.ctl(*command.split(), check=False), stack.ctl(*command.split(), "--json", check=False)]
     assert not [result.args for result in said if key in result.stdout + result.stderr]
     assert key.encode() not in answer.body
-    tables = [row["name"] for row in stack.sql("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
-    assert [table for table in tables if key in json.dumps(stack.sql(f'SELECT * FROM "{table}"'))] == ["TokenMaster"]
+    assert [table for table in stack.tables() if key in json.dumps(stack.sql(f'SELECT * FROM "{table}"'))] == [
+        "TokenMaster"]
 
 
 # ---- extractctl check ----
@@ -602,17 +617,25 @@ def test_check(make_stack: Callable[..., Stack], pdf: bytes) -> None:
     assert stack.ctl("check").returncode == 0
 
 
+# Settings with which the store cannot be opened.
+NO_STORE = {
+    "sqlite": [{"EXTRACT_STORE_PATH": "/nonexistent/store.db"}, {"EXTRACT_STORE_PATH": "{text}"}],
+    "mssql": [{"EXTRACT_STORE_SERVER": "127.0.0.1:1"}, {"EXTRACT_STORE_DATABASE": "nonexistent"},
+              {"EXTRACT_STORE_PASSWORD_FILE": "{text}"}],
+}[TEST_STORE]
+SAYS_WHAT_TO_DO = r": run `|correct store\.|must hold a password"
+
+
 @pytest.mark.parametrize("env, failing, status", [
     ({"EXTRACT_GEMINI_BASE_URL": "http://127.0.0.1:1"}, "Gemini", 1),
     ({"EXTRACT_SERVER_STATE_DIR": "/nonexistent"}, "state_dir", 1),
     ({"EXTRACT_SERVER_RUNTIME_DIR": "/nonexistent"}, "runtime_dir", 1),
-    ({"EXTRACT_STORE_PATH": "/nonexistent/store.db"}, "store", 3),
-    ({"EXTRACT_STORE_PATH": "{text}"}, "store", 3),
+    *[(env, "store", 3) for env in NO_STORE],
     ({"EXTRACT_NONSENSE": "1"}, "configuration", 1),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_check_names_what_is_wrong(stack: Stack, tmp_path: Path, env: dict[str, str], failing: str,
                                    status: int) -> None:
-    """With a remedy, as a line and as JSON."""
+    """With a remedy, as a line and as JSON, unless it says itself what to correct."""
     (tmp_path / "text").write_bytes(b"this is not a database" * 100)
     env = {name: value.replace("{text}", str(tmp_path / "text")) for name, value in env.items()}
     for arguments in ([], ["--json"]):
@@ -622,9 +645,9 @@ def test_check_names_what_is_wrong(stack: Stack, tmp_path: Path, env: dict[str, 
         if arguments:
             rows = json.loads(checked.stdout)
             assert [row["Check"] for row in rows if row["Result"] != "ok"] == [failing]
-            assert all(row["Next"] or "run `" in row["Detail"] for row in rows if row["Result"] != "ok")
+            assert all(row["Next"] or re.search(SAYS_WHAT_TO_DO, row["Detail"]) for row in rows if row["Result"] != "ok")
         else:
-            assert re.search(rf"^FAIL +{failing} .*(; next: |: run `)", checked.stdout, re.M), checked.stdout
+            assert re.search(rf"^FAIL +{failing} .*(; next: |{SAYS_WHAT_TO_DO})", checked.stdout, re.M), checked.stdout
 
 
 def test_check_changes_nothing(tmp_path: Path, emulator: Emulator) -> None:

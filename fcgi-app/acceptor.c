@@ -13,16 +13,20 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include "clock.h"
 #include "log.h"
 #include "metrics.h"
+#include "notify.h"
 #include "server_inside.h"
 
 #define PAUSE_MS 20
 #define MAX_PAUSES 25
 #define HEAD_MS 2000 /* in which a peer must have sent its request's head */
+#define IDLE_MS 2000 /* after which an idle acceptor is heard of again */
 
 /* Reads the head of a connection that has sent something, and deals the request out. */
 static void read_and_dispatch(struct server *server, struct slot *slot)
@@ -37,8 +41,6 @@ static void read_and_dispatch(struct server *server, struct slot *slot)
 
 static void drop(struct server *server, struct slot *slot)
 {
-    server->silent -= slot->silent;
-    slot->silent = false;
     server_read_until(server, slot, 0);
     connection_drop(&slot->connection);
     server_give_back(server, slot);
@@ -59,6 +61,7 @@ static bool accept_one(struct server *server)
     struct slot *slot = server_take_free(server);
     struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP, .data.ptr = slot};
 
+    notify_beat(NOTIFY_ACCEPTOR, HEAD_MS + IDLE_MS);
     if (slot == NULL) { /* each is bounded in time: one will be free soon */
         poll(NULL, 0, PAUSE_MS);
         return false;
@@ -87,16 +90,15 @@ static bool accept_one(struct server *server)
     return true;
 }
 
-/* The drain has begun: what was accepted and speaks now is served still, the rest was silent. */
+/* The drain has begun: who was accepted may still speak, for as long as anybody may (the watchdog ends
+ * the reading of one that is late). A web server that has just connected takes an end for a fault. */
 static void end_silent(struct server *server)
 {
-    for (size_t i = 0; i < server->slot_count; i++) {
-        struct slot *slot = &server->slots[i];
-        if (slot->silent && connection_has_data(&slot->connection))
-            wake_silent(server, slot);
-        else if (slot->silent)
-            drop(server, slot);
-    }
+    struct epoll_event event;
+
+    while (server->silent > 0)
+        if (epoll_wait(server->heads, &event, 1, -1) > 0)
+            wake_silent(server, event.data.ptr);
 }
 
 /* Is there a worker with nothing to do and nothing in the queue for it? If not, the next worker that
@@ -162,6 +164,7 @@ static void accept_until_drain(struct server *server)
         struct epoll_event event;
         bool idle = has_idle_worker(server);
 
+        notify_beat(NOTIFY_ACCEPTOR, HEAD_MS + IDLE_MS);
         if (!idle) { /* let others go first */
             int woken = poll(pause, 3, PAUSE_MS);
             if (pause[0].revents != 0)
@@ -174,7 +177,7 @@ static void accept_until_drain(struct server *server)
             server->left = 0;
         }
         pauses = 0;
-        int n = epoll_wait(server->epoll, &event, 1, idle ? -1 : 0);
+        int n = epoll_wait(server->epoll, &event, 1, idle ? IDLE_MS : 0);
         if (n > 0 && handle_event(server, &event, idle))
             return;
     }
@@ -182,7 +185,9 @@ static void accept_until_drain(struct server *server)
 
 void acceptor_run(struct server *server)
 {
+    notify_ready();
     accept_until_drain(server);
+    notify_end(NOTIFY_ACCEPTOR);
     end_silent(server);
 }
 
@@ -194,6 +199,9 @@ static enum err_code watch_fd(struct server *server, int fd, uint32_t events)
 
 enum err_code acceptor_open(struct server *server, struct err *err)
 {
+    /* O_NONBLOCK belongs to all who have the listener, and systemd takes it away each time it starts a
+     * process with StandardInput=socket, whatever NonBlocking= says. This it leaves alone. */
+    const struct timeval patience = {.tv_usec = PAUSE_MS * 1000};
     int flags = fcntl(SERVER_LISTENER, F_GETFL);
 
     server->epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -201,6 +209,7 @@ enum err_code acceptor_open(struct server *server, struct err *err)
     server->idle_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (server->epoll < 0 || server->heads < 0 || server->idle_fd < 0 || flags < 0 ||
         fcntl(SERVER_LISTENER, F_SETFL, flags | O_NONBLOCK) != 0 ||
+        setsockopt(SERVER_LISTENER, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) != 0 ||
         watch_fd(server, SERVER_LISTENER, EPOLLIN | EPOLLEXCLUSIVE) != ERR_NONE ||
         watch_fd(server, server->heads, EPOLLIN) != ERR_NONE ||
         watch_fd(server, server->drain_fd, EPOLLIN) != ERR_NONE)

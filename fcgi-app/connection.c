@@ -27,12 +27,13 @@ enum err_code connection_init(struct err *err)
 
 int connection_accept(struct connection *c, int listener)
 {
-    const struct timeval patience = {.tv_sec = SEND_PATIENCE_S};
+    const struct timeval patience = {.tv_sec = SEND_PATIENCE_S}, endless = {0};
 
     c->fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     if (c->fd < 0)
         return errno;
     setsockopt(c->fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    setsockopt(c->fd, SOL_SOCKET, SO_RCVTIMEO, &endless, sizeof endless); /* not the listener's */
     return 0;
 }
 
@@ -107,6 +108,11 @@ bool connection_read_head(struct connection *c)
     c->fcgi.keepConnection = 1;
     if (FCGX_Accept_r(&c->fcgi) < 0) /* it has closed fd, and could not accept another */
         return false;
+    if (FCGX_GetError(c->fcgi.in) != 0) { /* it takes a head that broke off for a whole one */
+        FCGX_Free(&c->fcgi, 0);
+        close(c->fd);
+        return false;
+    }
     c->fcgi.keepConnection = 0;
     arena_init(&request->arena);
     uuid_v7(request->id);

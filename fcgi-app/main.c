@@ -3,16 +3,18 @@
  * The signals that ask it to end (SIGTERM, SIGINT, and SIGUSR1, which FastCGI process managers such as
  * multiwatch send) are blocked in every thread and taken by one of their own, since libfcgi's reads and
  * writes are not safe against interruption: it writes to an eventfd, at which the acceptor stops and
- * the rest finishes what it has. */
+ * the rest finishes what it has. Between signals the same thread, the keeper, tells the service manager
+ * how the process is. */
 #include <getopt.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdint.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "app.h"
@@ -20,6 +22,7 @@
 #include "fallback.h"
 #include "log.h"
 #include "metrics.h"
+#include "notify.h"
 #include "retry.h"
 #include "server.h"
 
@@ -27,6 +30,9 @@
 
 /* How long the recorder may take in the end to write what is left. */
 #define FLUSH_MS 10000
+
+/* What may follow a request's deadline: its settlement, and a peer that reads its answer slowly. */
+#define AFTER_DEADLINE_MS 60000
 
 static int usage(FILE *out)
 {
@@ -58,18 +64,47 @@ static void end_signals(sigset_t *set)
     sigaddset(set, SIGUSR1);
 }
 
-/* Waits for one of them, then starts the drain. A thread's main. */
-static void *wait_for_signal(void *argument)
+struct keeper {
+    const struct config *config;
+    int drain_fd;
+    atomic_bool ended;
+};
+
+static void tell_status(const struct config *config, bool draining)
 {
-    int drain_fd = (int)(intptr_t)argument;
+    long long busy = metrics_own(METRIC_IN_FLIGHT), waiting = metrics_own(METRIC_QUEUED);
+    char status[128];
+
+    if (draining)
+        snprintf(status, sizeof status, "draining: %lld requests to finish", busy + waiting);
+    else
+        snprintf(status, sizeof status, "serving: %lld of %d workers busy, %lld requests waiting",
+                 busy, config->server.threads, waiting);
+    notify_alive(status);
+}
+
+/* The first signal starts the drain; one after the end ends the thread, whose main this is. */
+static void *keep(void *argument)
+{
+    struct keeper *keeper = argument;
+    int64_t interval_ms = notify_interval_ms();
+    const struct timespec interval = {.tv_sec = (time_t)(interval_ms / 1000),
+                                      .tv_nsec = (long)(interval_ms % 1000) * 1000000};
+    bool draining = false;
     sigset_t set;
-    int number;
 
     end_signals(&set);
-    while (sigwait(&set, &number) != 0)
-        ;
-    eventfd_write(drain_fd, 1);
-    return NULL;
+    for (;;) {
+        int number = sigtimedwait(&set, NULL, interval_ms < 0 ? NULL : &interval);
+        if (atomic_load(&keeper->ended))
+            return NULL;
+        if (number > 0 && !draining) {
+            draining = true;
+            notify_stopping(keeper->config->server.deadline_ms + AFTER_DEADLINE_MS + FLUSH_MS);
+            eventfd_write(keeper->drain_fd, 1);
+        }
+        tell_status(keeper->config, draining);
+    }
 }
 
 /* Before any thread. A terminal's SIGHUP means nothing here; a peer that is gone is an error of a
@@ -141,15 +176,16 @@ static void close_app(struct app *app)
 static enum err_code serve(const struct config *config, struct err *err)
 {
     struct app app = {.config = config};
-    pthread_t signals = 0;
-    int drain_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    struct keeper keeper = {.config = config, .drain_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    pthread_t thread = 0;
     enum err_code code = server_check(err);
 
+    notify_open();
     if (code == ERR_NONE)
         code = open_app(&app, err);
-    if (code == ERR_NONE && (drain_fd < 0 || pthread_create(&signals, NULL, wait_for_signal,
-                                                            (void *)(intptr_t)drain_fd) != 0))
-        code = err_set(err, ERR_INTERNAL, "the signal thread cannot be started");
+    if (code == ERR_NONE &&
+        (keeper.drain_fd < 0 || pthread_create(&thread, NULL, keep, &keeper) != 0))
+        code = err_set(err, ERR_INTERNAL, "the keeper's thread cannot be started");
     if (code == ERR_NONE) {
         log_info(NULL, "started: pid=%ld version=%s workers=%d store=%s", (long)getpid(),
                  EXTRACT_VERSION, config->server.threads,
@@ -160,13 +196,15 @@ static enum err_code serve(const struct config *config, struct err *err)
                 "server.deadline leaves no time for any call: none starts with less than %d s "
                 "left",
                 RETRY_MIN_ATTEMPT_MS / 1000);
-        code = server_run(&app, drain_fd, err);
-        pthread_cancel(signals); /* where the server ended by itself */
-        pthread_join(signals, NULL);
+        code = server_run(&app, keeper.drain_fd, err);
+        atomic_store(&keeper.ended, true);
+        pthread_kill(thread, SIGTERM);
+        pthread_join(thread, NULL);
         log_info(NULL, "stopped: pid=%ld", (long)getpid());
     }
     close_app(&app);
-    close(drain_fd);
+    notify_close();
+    close(keeper.drain_fd);
     return code;
 }
 

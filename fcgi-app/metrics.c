@@ -61,6 +61,12 @@ void metrics_add(int metric, int64_t n)
     atomic_fetch_add_explicit(&slot->values[metric], n, memory_order_relaxed);
 }
 
+int64_t metrics_own(int metric)
+{
+    struct slot *slot = atomic_load_explicit(&own_slot, memory_order_relaxed);
+    return atomic_load_explicit(&slot->values[metric], memory_order_relaxed);
+}
+
 /* ---- the file ---- */
 
 static struct header this_header(void)

@@ -22,11 +22,13 @@
 #include "buf.h"
 #include "log.h"
 #include "metrics.h"
+#include "notify.h"
 #include "outbox.h"
 #include "store_driver.h"
 
 #define DRAIN_EVERY_MS 3000
 #define EXPIRE_EVERY_MS 60000
+#define OUTBOX_PATIENCE_MS 6000 /* of the background thread with the outbox's file */
 #define ALARM_MAX ((size_t)64 * 1024)
 
 /* A kind of work that travels together. */
@@ -435,9 +437,17 @@ static enum err_code replay_reservation(void *context, struct store_acquire *acq
     return err_set(err, acquire->code, "%s", acquire->err.message);
 }
 
+/* Until the next one: a settlement of the outbox that is repeated, each time with a login. */
+static void beat(const struct store *store)
+{
+    notify_beat(NOTIFY_BACKGROUND, 4 * store->query_timeout_ms + OUTBOX_PATIENCE_MS);
+}
+
 static bool go_on(void *context)
 {
     struct store *store = context;
+
+    beat(store);
     return !atomic_load(&store->stopping);
 }
 
@@ -505,7 +515,9 @@ static void *run_background(void *arg)
     int64_t next_expiry_ms = clock_monotonic_ms();
 
     while (!atomic_load(&store->stopping)) {
+        beat(store);
         drain(store, &last_drain);
+        beat(store);
         if (clock_monotonic_ms() >= next_expiry_ms) {
             expire(store, &last_expiry);
             next_expiry_ms = clock_monotonic_ms() + EXPIRE_EVERY_MS;
@@ -513,12 +525,14 @@ static void *run_background(void *arg)
         int64_t until_ms = clock_monotonic_ms() + DRAIN_EVERY_MS;
         struct timespec until = {.tv_sec = (time_t)(until_ms / 1000),
                                  .tv_nsec = (long)(until_ms % 1000) * 1000000};
+        beat(store); /* twice as long as it waits */
         pthread_mutex_lock(&store->lock);
         while (!atomic_load(&store->stopping) &&
                pthread_cond_timedwait(&store->wake, &store->lock, &until) != ETIMEDOUT)
             ;
         pthread_mutex_unlock(&store->lock);
     }
+    notify_end(NOTIFY_BACKGROUND);
     return NULL;
 }
 

@@ -46,6 +46,8 @@ enum err_code metrics_open(const char *runtime_dir, struct err *err) MUST_CHECK;
 void metrics_close(void);
 
 void metrics_add(int metric, int64_t n);
+/* This process's own value. */
+int64_t metrics_own(int metric);
 
 /* Could another process of the pool take a request: does it have a worker without work, or room in its
  * queue of this size? */

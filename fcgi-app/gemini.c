@@ -402,11 +402,13 @@ static int64_t parse_retry_after_ms(const char *value)
     int64_t ms = parse_seconds_ms(value, "");
     if (ms >= 0)
         return ms;
-    time_t date = curl_getdate(value, NULL);
+    int64_t date = curl_getdate(value, NULL), now_ms = clock_wall_ms();
     if (date == -1)
         return -1;
-    ms = (int64_t)date * 1000 - clock_wall_ms();
-    return ms < 0 ? 0 : ms > RETRY_MAX_HINT_MS ? RETRY_MAX_HINT_MS : ms;
+    if (date > (now_ms + RETRY_MAX_HINT_MS) / 1000) /* in the year 300000000, too */
+        return RETRY_MAX_HINT_MS;
+    ms = date * 1000 - now_ms;
+    return ms < 0 ? 0 : ms;
 }
 
 /* One of an error's details (google.rpc.ErrorInfo, RetryInfo, QuotaFailure). */

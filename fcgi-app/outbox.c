@@ -26,9 +26,11 @@
 
 #include "clock.h"
 #include "log.h"
+#include "strict_json.h"
 
 #define BUSY_MS 5000 /* how long an append waits for other processes' */
 #define PAYLOAD_MAX ((size_t)64 * 1024)
+#define PAYLOAD_DEPTH 2 /* an object of values */
 #define KIND_SETTLEMENT "settlement"
 #define KIND_RESERVATION "reservation"
 #define RESERVATION_MIN_MS 60000
@@ -166,7 +168,8 @@ static bool read_field(struct json_object *json, const struct field *field, void
     if (field->type == FIELD_TEXT) {
         const char *text = json_object_get_string(value);
         memcpy(at, &text, sizeof text);
-        return json_object_is_type(value, json_type_string);
+        return json_object_is_type(value, json_type_string) &&
+               strlen(text) == (size_t)json_object_get_string_len(value); /* no \u0000 */
     }
     int64_t number = json_object_get_int64(value);
     int small = (int)number;
@@ -440,6 +443,13 @@ enum err_code outbox_append_reservation(struct outbox *outbox,
     return code;
 }
 
+/* How long an entry has waited; 0 where it seems to come from the future: the clock was set back. */
+static int64_t waited_ms(int64_t created_ms)
+{
+    int64_t now_ms = clock_wall_ms();
+    return created_ms >= now_ms ? 0 : created_ms < 0 ? now_ms : now_ms - created_ms;
+}
+
 bool outbox_holds(struct outbox *outbox, const char *request_id)
 {
     pthread_mutex_lock(&outbox->lock);
@@ -463,7 +473,7 @@ enum err_code outbox_status(struct outbox *outbox, struct store_outbox_status *s
     pthread_mutex_lock(&outbox->lock);
     sqlite3_stmt *statement = prepare(outbox, sql);
     if (statement != NULL && sqlite3_step(statement) == SQLITE_ROW) {
-        int64_t age_ms = clock_wall_ms() - sqlite3_column_int64(statement, 1);
+        int64_t age_ms = waited_ms(sqlite3_column_int64(statement, 1));
         status->waiting = sqlite3_column_int64(statement, 0);
         status->dead = sqlite3_column_int64(statement, 2);
         if (status->waiting > 0)
@@ -496,7 +506,8 @@ static void read_entry(sqlite3_stmt *statement, struct entry *entry)
     entry->is_reservation = kind != NULL && strcmp(kind, KIND_RESERVATION) == 0;
     snprintf(entry->request_id, sizeof entry->request_id, "%s",
              request_id == NULL ? "" : request_id);
-    entry->payload = payload == NULL ? NULL : json_tokener_parse(payload);
+    entry->payload =
+        strict_json_parse(payload, (size_t)sqlite3_column_bytes(statement, 3), PAYLOAD_DEPTH);
     entry->created_ms = sqlite3_column_int64(statement, 4);
 }
 
@@ -524,16 +535,24 @@ static enum err_code unreadable(struct err *err)
     return err_set(err, ERR_BAD_VALUE, "outbox: the entry's payload cannot be read");
 }
 
+/* What is left of a time that was said when the entry was made. */
+static int64_t left_ms(int64_t ms, const struct entry *entry)
+{
+    int64_t waited = waited_ms(entry->created_ms);
+    return ms < waited ? 0 : ms - waited;
+}
+
 static enum err_code replay_settlement(const struct entry *entry,
                                        const struct outbox_replay *replay, struct err *err)
 {
     struct store_settlement s = {0};
 
-    if (!read_record(entry->payload, settlement_fields, COUNT(settlement_fields), &s))
+    if (!read_record(entry->payload, settlement_fields, COUNT(settlement_fields), &s) ||
+        (unsigned)s.fault.fault > STORE_FAULT_EXCEED)
         return unreadable(err);
     if (s.fault.fault == STORE_FAULT_COOLDOWN) {
-        s.fault.cooldown_ms -= clock_wall_ms() - entry->created_ms;
-        if (s.fault.cooldown_ms <= 0)
+        s.fault.cooldown_ms = left_ms(s.fault.cooldown_ms, entry);
+        if (s.fault.cooldown_ms == 0)
             s.fault.fault = STORE_FAULT_NONE;
     }
     return replay->settle(replay->context, &s, err);
@@ -546,7 +565,7 @@ static enum err_code replay_reservation(const struct entry *entry,
 
     if (!read_record(entry->payload, reservation_fields, COUNT(reservation_fields), &a))
         return unreadable(err);
-    a.expires_ms -= clock_wall_ms() - entry->created_ms;
+    a.expires_ms = left_ms(a.expires_ms, entry);
     if (a.expires_ms < RESERVATION_MIN_MS)
         a.expires_ms = RESERVATION_MIN_MS;
     return replay->reserve(replay->context, &a, err);

@@ -85,6 +85,8 @@ static size_t word_length(const char *s, const char *end)
 /* Copies the text token by token; false at the first that RFC 8259 does not know. */
 static bool copy_tokens(struct buf *out, const char *s, const char *end)
 {
+    bool after_quoted = false; /* but for white space */
+
     while (s < end) {
         bool quote = false;
         size_t n;
@@ -97,8 +99,9 @@ static bool copy_tokens(struct buf *out, const char *s, const char *end)
             n = 1;
         else
             n = word_length(s, end);
-        if (n == 0)
+        if (n == 0 || (*s == ':' && after_quoted)) /* a number is no name, quoted or not */
             return false;
+        after_quoted = quote || (after_quoted && strchr(" \t\r\n", *s) != NULL);
         if (quote)
             buf_append_char(out, '"');
         buf_append(out, s, n);
@@ -119,7 +122,8 @@ struct json_object *strict_json_parse(const char *text, size_t len, int depth)
     if (tokener != NULL && len > 0 && u8_check((const uint8_t *)text, len) == NULL &&
         copy_tokens(&copy, text, text + len)) {
         json_tokener_set_flags(tokener, JSON_TOKENER_STRICT);
-        root = json_tokener_parse_ex(tokener, copy.data, (int)copy.len);
+        /* with the NUL behind it: a number ends only where something else begins */
+        root = json_tokener_parse_ex(tokener, copy.data, (int)copy.len + 1);
         if (json_tokener_get_error(tokener) != json_tokener_success) {
             json_object_put(root);
             root = NULL;

@@ -1,35 +1,99 @@
-/* fuzz_multipart.c - a form from outside: the first line is the Content-Type, the rest the body. */
-#include <stdint.h>
+/* fuzz_multipart.c - a form from outside: the first line is the Content-Type, the rest the body. What is
+ * accepted is written again, with another boundary, and must be read as the same form. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "multipart.h"
+#include "support.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+#define NAME_MAX_BYTES 256
+
+/* Can the name only have stood there without quotes? (In quotes %22 is read as one.) */
+static bool is_token(const char *name)
+{
+    return strstr(name, "%22") != NULL;
+}
+
+static void write_name(struct buf *form, const char *name)
+{
+    if (is_token(name)) {
+        buf_append_str(form, name);
+        return;
+    }
+    buf_append_char(form, '"');
+    for (; *name != '\0'; name++) {
+        if (*name == '"' || *name == '\\')
+            buf_append_char(form, '\\');
+        buf_append_char(form, *name);
+    }
+    buf_append_char(form, '"');
+}
+
+static void write_form(struct buf *form, const char *boundary, const struct multipart_part *parts,
+                       size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        buf_printf(form, "%s--%s\r\nContent-Disposition: form-data; name=", i > 0 ? "\r\n" : "",
+                   boundary);
+        write_name(form, parts[i].name);
+        buf_append_str(form, "\r\n\r\n");
+        buf_append(form, parts[i].data, parts[i].len);
+    }
+    buf_printf(form, "%s--%s--\r\n", count > 0 ? "\r\n" : "", boundary);
+}
+
+static void check_again(struct arena *arena, const struct multipart_part *parts, size_t count,
+                        const char *body, size_t len)
+{
+    struct multipart_part again[MULTIPART_MAX_PARTS];
+    char boundary[32], type[80];
+    struct buf form;
+    size_t number = 0, again_count = 0;
+    struct err err;
+
+    do
+        snprintf(boundary, sizeof boundary, "again%zu", number++);
+    while (memmem(body, len, boundary, strlen(boundary)) != NULL);
+    snprintf(type, sizeof type, "multipart/form-data; boundary=%s", boundary);
+    buf_init(&form, 2 * len + 16384);
+    write_form(&form, boundary, parts, count);
+    CHECK(buf_ok(&form));
+    CHECK(multipart_parse(arena, type, form.data, form.len, again, &again_count, &err) == ERR_NONE);
+    CHECK(again_count == count);
+    for (size_t i = 0; i < count; i++)
+        CHECK(strcmp(again[i].name, parts[i].name) == 0 && again[i].len == parts[i].len &&
+              memcmp(again[i].data, parts[i].data, parts[i].len) == 0);
+    buf_reset(&form);
+}
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct multipart_part parts[MULTIPART_MAX_PARTS];
-    const uint8_t *line = memchr(data, '\n', size);
-    size_t n = line == NULL ? 0 : (size_t)(line - data), count = 0;
-    const char *body = (const char *)data + (line == NULL ? 0 : n + 1);
-    size_t len = size - (size_t)(body - (const char *)data);
+    struct fuzz_input input = {data, size};
     struct arena arena;
-    struct err err;
+    struct err err = {.message = ""};
+    size_t count = 0;
 
     arena_init(&arena);
-    const char *type = line == NULL ? "multipart/form-data; boundary=b"
-                                    : arena_strndup(&arena, (const char *)data, n);
+    char *type = fuzz_text(&input, '\n');
+    size_t len = input.left;
+    char *body = fuzz_rest(&input);
     enum err_code code = multipart_parse(&arena, type, body, len, parts, &count, &err);
-    if (count > MULTIPART_MAX_PARTS || (code != ERR_NONE && code != ERR_BAD_REQUEST))
-        abort();
-    const char *end = body; /* parts lie in the body, one after the other */
-    for (size_t i = 0; code == ERR_NONE && i < count; i++) {
-        if (parts[i].data < end || parts[i].len > (size_t)(body + len - parts[i].data) ||
-            strlen(parts[i].name) > 256)
-            abort();
-        end = parts[i].data + parts[i].len;
+    CHECK(code == ERR_NONE || code == ERR_BAD_REQUEST);
+    CHECK(code == ERR_NONE || (err.message[0] != '\0' && fuzz_is_line(err.message)));
+    CHECK(count <= MULTIPART_MAX_PARTS);
+    if (code == ERR_NONE) {
+        const char *end = body; /* parts lie in the body, one after the other */
+        for (size_t i = 0; i < count; i++) {
+            CHECK(parts[i].data >= end && parts[i].len <= (size_t)(body + len - parts[i].data));
+            CHECK(strlen(parts[i].name) <= NAME_MAX_BYTES);
+            end = parts[i].data + parts[i].len;
+        }
+        check_again(&arena, parts, count, body, len);
     }
+    free(body);
+    free(type);
     arena_reset(&arena);
     return 0;
 }

@@ -346,6 +346,10 @@ static void test_retry_after_date(void **state)
     }
     read_answer(&answer, 503, "Fri, 31 Dec 2100 23:59:59 GMT", HTML, strlen(HTML));
     assert_int_equal(answer.outcome.retry_after_ms, DAY);
+    read_answer(&answer, 503, "26 Nov 299999993", HTML, strlen(HTML)); /* 2^63 ms are less */
+    assert_int_equal(answer.outcome.retry_after_ms, DAY);
+    read_answer(&answer, 503, "Sat, 31 Dec 1583 23:59:59 GMT", HTML, strlen(HTML));
+    assert_int_equal(answer.outcome.retry_after_ms, 0);
 }
 
 static void test_fields_of_an_answer(void **state)

@@ -465,6 +465,18 @@ static void test_refused_entry_dies(void **state)
     append(outbox, "r7");
     sql("UPDATE Outbox SET Payload = replace(Payload, '\"unknown_calls\": 0', "
         "'\"unknown_calls\": 4294967296') WHERE RequestID = 'r7'");
+    append(outbox, "r8");
+    sql("UPDATE Outbox SET Payload = replace(Payload, '\"fault\": 0', '\"fault\": 4') "
+        "WHERE RequestID = 'r8'");
+    append(outbox, "ra");
+    sql("UPDATE Outbox SET Payload = replace(Payload, '\"fault\": 0', '\"fault\": -1') "
+        "WHERE RequestID = 'ra'");
+    append(outbox, "rb");
+    sql("UPDATE Outbox SET Payload = replace(Payload, 'NT047', 'NT047\\u0000') "
+        "WHERE RequestID = 'rb'");
+    append(outbox, "rc");
+    sql("UPDATE Outbox SET Payload = replace(Payload, 'NT047', CAST(x'FF' AS TEXT)) "
+        "WHERE RequestID = 'rc'");
     append(outbox, "r5");
     taken.fails = "r2";
     taken.verdict = ERR_BAD_VALUE;
@@ -473,12 +485,12 @@ static void test_refused_entry_dies(void **state)
     assert_int_equal(taken.count, 2);
     assert_string_equal(taken.ids[1], "r5");
     assert_int_equal(status_of(outbox).waiting, 0);
-    assert_int_equal(status_of(outbox).dead, 5);
+    assert_int_equal(status_of(outbox).dead, 9);
     assert_string_equal(sql("SELECT LastError FROM OutboxDead WHERE RequestID = 'r2'"),
                         "verdict on r2");
     assert_string_equal(sql("SELECT TokenID FROM OutboxDead WHERE RequestID = 'r2'"), "42");
     assert_int_equal(outbox_append_dead(outbox, &s, "refused at once", NULL), ERR_NONE);
-    assert_int_equal(status_of(outbox).dead, 6);
+    assert_int_equal(status_of(outbox).dead, 10);
     assert_false(outbox_holds(outbox, "r9"));
     outbox_close(outbox);
 }
@@ -589,6 +601,42 @@ static void test_what_waited_is_shortened(void **state)
     assert_int_equal(drain(outbox, &replayed), ERR_NONE);
     assert_int_equal(taken.settlement.fault.fault, STORE_FAULT_NONE);
     assert_int_equal(taken.reservation.expires_ms, 60000);
+    outbox_close(outbox);
+}
+
+/* A clock that was set, or a time that is none, neither lengthens nor overflows. */
+static void test_clock_was_set(void **state)
+{
+    static const struct {
+        const char *created;
+        bool is_new; /* as if it had not waited */
+    } rows[] = {{"CreatedAt + 3600000", true},
+                {"9223372036854775807", true},
+                {"0", false},
+                {"-9223372036854775807", false}};
+    struct store_settlement s = a_settlement("r1");
+    struct store_acquire a = a_reservation("r2");
+    int64_t replayed = 0;
+    char text[100];
+    (void)state;
+
+    taken_reset();
+    struct outbox *outbox = open_outbox();
+    s.fault = (struct store_token_fault){STORE_FAULT_COOLDOWN, 100000, "rate limit"};
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        assert_int_equal(outbox_append_settlement(outbox, &s, NULL), ERR_NONE);
+        assert_int_equal(outbox_append_reservation(outbox, &a, NULL), ERR_NONE);
+        snprintf(text, sizeof text, "UPDATE Outbox SET CreatedAt = %s", rows[i].created);
+        sql(text);
+        assert_true(status_of(outbox).oldest_ms >= 1);
+        assert_true(rows[i].is_new == (status_of(outbox).oldest_ms == 1));
+        assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+        assert_int_equal(replayed, 2);
+        assert_int_equal(taken.settlement.fault.fault,
+                         rows[i].is_new ? STORE_FAULT_COOLDOWN : STORE_FAULT_NONE);
+        assert_int_equal(taken.settlement.fault.cooldown_ms, rows[i].is_new ? 100000 : 0);
+        assert_int_equal(taken.reservation.expires_ms, rows[i].is_new ? a.expires_ms : 60000);
+    }
     outbox_close(outbox);
 }
 
@@ -1127,6 +1175,7 @@ int main(void)
         ALONE(test_one_drainer_at_a_time),
         ALONE(test_drain_can_be_told_to_stop),
         ALONE(test_what_waited_is_shortened),
+        ALONE(test_clock_was_set),
         ALONE(test_processes_append_together),
         ALONE(test_no_room_is_said),
         WITH_STORE(test_settled_without_an_outbox),

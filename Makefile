@@ -11,11 +11,15 @@ WERROR   ?=
 Q        := $(if $(V),,@)
 VERSION  := 0.1.0
 
-prefix     ?= /usr/local
-bindir     ?= $(prefix)/bin
-sbindir    ?= $(prefix)/sbin
-datadir    ?= $(prefix)/share
-DESTDIR    ?=
+prefix      ?= /usr/local
+bindir      ?= $(prefix)/bin
+sbindir     ?= $(prefix)/sbin
+datadir     ?= $(prefix)/share
+sysconfdir  ?= /etc
+unitdir     ?= $(prefix)/lib/systemd/system
+sysusersdir ?= $(prefix)/lib/sysusers.d
+tmpfilesdir ?= $(prefix)/lib/tmpfiles.d
+DESTDIR     ?=
 
 LIBRARIES := fcgi libcurl json-c inih sqlite3 libcrypto libsodium
 WARNINGS  := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes \
@@ -43,7 +47,7 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm freetds-bin
+TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm freetds-bin systemd
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
 .DELETE_ON_ERROR:
@@ -74,7 +78,7 @@ $(BUILD)/tests/unit/%: $(BUILD)/tests/unit/%.o $(OBJECTS)
 # The databases behind the store's contract tests.
 $(BUILD)/tests/unit/test_store: $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/unit/store_*.c))
 
--include $(wildcard $(BUILD)/fcgi-app/*.d $(BUILD)/tests/unit/*.d)
+-include $(wildcard $(BUILD)/fcgi-app/*.d $(BUILD)/tests/unit/*.d $(BUILD)/tests/fuzz/*.d)
 
 deps: ## Install what building and running need (Debian 12; root or sudo)
 	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES)
@@ -123,20 +127,34 @@ check-mssql: all $(BUILD)/tests/unit/test_store ## All that uses the store, on a
 MSSQL = MSSQL_SERVER='$(MSSQL_SERVER)' MSSQL_USER='$(MSSQL_USER)' MSSQL_PASSWORD_FILE='$(abspath $(MSSQL_PASSWORD_FILE))' \
         MSSQL_ENCRYPT='$(or $(MSSQL_ENCRYPT),$(if $(MSSQL_CA_FILE),require,off))' MSSQL_CA_FILE='$(MSSQL_CA_FILE)' MSSQL_RIGHTS='$(or $(MSSQL_RIGHTS),yes)'
 
+# make fuzz: two at a time, each with an output of its own, as tests/fuzz/README.md says.
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 SECONDS ?= 60
-fuzz: ## Run each fuzzer for SECONDS (60) with clang's libFuzzer
+fuzz: ## Run each fuzzer for SECONDS (60) with clang's libFuzzer; FUZZERS='fuzz_json …' chooses
 	@$(MAKE) --no-print-directory deps-lint
-	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=build/fuzz SANITIZE=fuzzer,address,undefined fuzzers
-	@for f in $(FUZZERS); do mkdir -p build/fuzz/corpus/$$f; echo "== $$f"; \
-	    build/fuzz/tests/fuzz/$$f -max_total_time=$(SECONDS) -rss_limit_mb=2048 -verbosity=0 -print_final_stats=1 \
-	        -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$f $$(ls -d tests/fuzz/corpus/$$f 2>/dev/null) || exit 1; done
+	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)/fuzz SANITIZE=fuzzer,address,undefined fuzzers
+	@tests/fuzz/run $(BUILD)/fuzz $(SECONDS) $(FUZZERS)
+
+fuzz-coverage: ## Which lines of the parsers the fuzzers' seeds reach
+	@$(MAKE) --no-print-directory deps-lint
+	@tests/install-packages llvm
+	@$(MAKE) --no-print-directory -j2 CC=clang BUILD=$(BUILD)/fuzz-coverage SANITIZE=fuzzer \
+	    CFLAGS='-O1 -g -fprofile-instr-generate -fcoverage-mapping' LDFLAGS=-fprofile-instr-generate fuzzers
+	@tests/fuzz/coverage $(BUILD)/fuzz-coverage $(FUZZERS)
 
 fuzzers: $(FUZZERS:%=$(BUILD)/tests/fuzz/%)
 
-$(BUILD)/tests/fuzz/%: $(BUILD)/tests/fuzz/%.o $(OBJECTS)
+# What the targets share; they are linked with it.
+FUZZ_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(filter-out tests/fuzz/fuzz_%,$(wildcard tests/fuzz/*.c)))
+$(BUILD)/tests/fuzz/%: $(BUILD)/tests/fuzz/%.o $(FUZZ_SUPPORT) $(OBJECTS)
 	@echo '  LINK  $@'
-	$(Q)$(LINK) -o $@ $^ $(LDLIBS)
+	$(Q)$(LINK) $(FUZZ_WRAP:%=-Wl,--wrap=%) -o $@ $^ $(LDLIBS)
+
+.SECONDARY: $(FUZZERS:%=$(BUILD)/tests/fuzz/%.o) $(FUZZ_SUPPORT)
+
+# Functions that a target has of its own, in the place of the program's.
+$(BUILD)/tests/fuzz/fuzz_fastcgi: FUZZ_WRAP := gemini_call
+$(BUILD)/tests/fuzz/fuzz_mssql $(BUILD)/tests/fuzz/fuzz_outbox: FUZZ_WRAP := mssql_call
 
 BANNED := sprintf|strcpy|strcat|strncpy|strtok|atoi|gets|alloca|system|vfork
 lint: ## Format, banned functions, clang-tidy
@@ -148,16 +166,31 @@ lint: ## Format, banned functions, clang-tidy
 format: ## Apply the repository's format
 	clang-format -i fcgi-app/*.c include/*.h tests/unit/*.c
 
-install: all ## Install programs, example configuration and nginx files (DESTDIR, prefix)
-	install -D -m 755 $(BUILD)/extract-fcgi $(DESTDIR)$(sbindir)/extract-fcgi
-	install -D -m 755 $(BUILD)/extractctl $(DESTDIR)$(bindir)/extractctl
-	install -D -m 644 systemd/extract-fcgi.conf.example $(DESTDIR)$(datadir)/extract-fcgi/extract-fcgi.conf.example
-	install -D -m 644 -t $(DESTDIR)$(datadir)/extract-fcgi/nginx nginx/*.conf nginx/README.md
-	install -D -m 644 -t $(DESTDIR)$(datadir)/extract-fcgi $(EMBEDDED)
+UNIT_FILES := extract-fcgi.socket extract-fcgi.service extract-fcgi@.service extract-fcgi.target
+INSTALLED   = $(DESTDIR)$(datadir)/extract-fcgi
+CONFIG_FILE = $(DESTDIR)$(sysconfdir)/extract-fcgi/extract-fcgi.conf
+# The units name the program and the guide where they are installed.
+PLACE       = sed -e 's|/usr/local/sbin|$(sbindir)|g' -e 's|/usr/local/share|$(datadir)|g'
 
-uninstall: ## Remove what install has installed
-	rm -f $(DESTDIR)$(sbindir)/extract-fcgi $(DESTDIR)$(bindir)/extractctl
-	rm -rf $(DESTDIR)$(datadir)/extract-fcgi
+install: all ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
+	install -D -m 755 -t $(DESTDIR)$(sbindir) $(BUILD)/extract-fcgi
+	install -D -m 755 -t $(DESTDIR)$(bindir) $(BUILD)/extractctl
+	install -d -m 755 $(DESTDIR)$(unitdir)
+	for unit in $(UNIT_FILES); do \
+	    $(PLACE) systemd/$$unit > $(DESTDIR)$(unitdir)/$$unit && chmod 644 $(DESTDIR)$(unitdir)/$$unit || exit 1; done
+	install -D -m 644 systemd/extract-fcgi.sysusers.conf $(DESTDIR)$(sysusersdir)/extract-fcgi.conf
+	install -D -m 644 systemd/extract-fcgi.tmpfiles.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf
+	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
+	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
+	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md
+	install -D -m 644 -t $(INSTALLED)/sql sql/*.sql sql/README.md
+	test -e $(CONFIG_FILE) || install -D -m 644 systemd/extract-fcgi.conf.example $(CONFIG_FILE)
+
+uninstall: ## Remove what install has installed, but a configuration that was edited
+	rm -f $(DESTDIR)$(sbindir)/extract-fcgi $(DESTDIR)$(bindir)/extractctl $(UNIT_FILES:%=$(DESTDIR)$(unitdir)/%) \
+	    $(DESTDIR)$(sysusersdir)/extract-fcgi.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf
+	! cmp -s $(INSTALLED)/extract-fcgi.conf.example $(CONFIG_FILE) || rm $(CONFIG_FILE)
+	rm -rf $(INSTALLED)
 
 clean: ## Remove build/
 	rm -rf build tests/genai/node_modules
@@ -165,5 +198,5 @@ clean: ## Remove build/
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-mssql fuzz lint format \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-mssql fuzz fuzz-coverage fuzzers lint format \
         install uninstall clean help

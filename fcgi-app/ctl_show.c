@@ -207,18 +207,21 @@ int ctl_outbox_status(struct ctl *ctl)
 {
     struct store_outbox_status outbox;
     struct err err = {0};
-    int status = ctl_open_store(ctl);
+    int status = ctl_open_config(ctl); /* not the store, which may be away */
 
     if (status != EXIT_OK)
         return status;
-    if (store_outbox_status(ctl->store, &outbox, &err) != ERR_NONE)
-        return ctl_store_error(ctl, &err);
+    if (store_outbox_look(ctl->config, &outbox, &err) != ERR_NONE) {
+        fprintf(stderr, CTL_NAME ": %s\n", err.message);
+        return EXIT_STORE;
+    }
     const struct ctl_cell cells[] = {
         {"Waiting", ctl_integer(outbox.waiting)},
+        {"Records", ctl_integer(outbox.records)},
         {"Dead", ctl_integer(outbox.dead)},
         {"OldestSeconds", ctl_integer(outbox.oldest_ms / 1000)},
     };
-    return ctl_show_row(ctl, cells, 3);
+    return ctl_show_row(ctl, cells, 4);
 }
 
 int ctl_outbox_drain(struct ctl *ctl)
@@ -236,8 +239,9 @@ int ctl_outbox_drain(struct ctl *ctl)
     const struct ctl_cell cells[] = {
         {"Replayed", ctl_integer(replayed)},
         {"Waiting", ctl_integer(outbox.waiting)},
+        {"Records", ctl_integer(outbox.records)},
         {"Dead", ctl_integer(outbox.dead)},
     };
-    status = ctl_show_row(ctl, cells, 3);
-    return status == EXIT_OK && outbox.waiting > 0 ? EXIT_NO : status;
+    status = ctl_show_row(ctl, cells, 4);
+    return status == EXIT_OK && outbox.waiting + outbox.records > 0 ? EXIT_NO : status;
 }

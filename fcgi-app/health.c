@@ -25,17 +25,38 @@ void health_ready(struct app *app, struct request *request, struct response *res
     buf_printf(
         &response->body,
         "{\"status\": \"ok\", \"store\": \"%s\", \"fallback\": %s, \"outbox\": {\"usable\": %s, "
-        "\"waiting\": %lld, \"dead\": %lld, \"oldest_seconds\": %lld}}",
+        "\"waiting\": %lld, \"records\": %lld, \"dead\": %lld, \"oldest_seconds\": %lld}}",
         store ? "reachable" : "unreachable", fallback ? "true" : "false",
-        outbox_ok ? "true" : "false", (long long)outbox.waiting, (long long)outbox.dead,
-        (long long)outbox.oldest_ms / 1000);
+        outbox_ok ? "true" : "false", (long long)outbox.waiting, (long long)outbox.records,
+        (long long)outbox.dead, (long long)outbox.oldest_ms / 1000);
+}
+
+static void write_outbox(struct buf *out, const struct store_outbox_status *outbox)
+{
+    buf_printf(out,
+               "# HELP extract_outbox_entries What this host's outbox holds: settlements and "
+               "reservations that wait for the store, log entries and retry attempts that do, and "
+               "what the store refused for good.\n"
+               "# TYPE extract_outbox_entries gauge\n"
+               "extract_outbox_entries{state=\"waiting\"} %lld\n"
+               "extract_outbox_entries{state=\"records\"} %lld\n"
+               "extract_outbox_entries{state=\"dead\"} %lld\n"
+               "# HELP extract_outbox_oldest_seconds How long the oldest has waited.\n"
+               "# TYPE extract_outbox_oldest_seconds gauge\n"
+               "extract_outbox_oldest_seconds %lld\n",
+               (long long)outbox->waiting, (long long)outbox->records, (long long)outbox->dead,
+               (long long)outbox->oldest_ms / 1000);
 }
 
 void health_metrics(struct app *app, struct request *request, struct response *response)
 {
-    (void)app;
+    struct store_outbox_status outbox;
+    struct err err = {0};
+
     response->content_type = "text/plain; version=0.0.4; charset=utf-8";
     metrics_write(&response->body);
+    if (store_outbox_status(app->store, &outbox, &err) == ERR_NONE)
+        write_outbox(&response->body, &outbox);
     if (!buf_ok(&response->body))
         response_problem(response, request, ERR_INTERNAL, NULL, 0, false);
 }

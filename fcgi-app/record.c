@@ -4,8 +4,9 @@
  * Callers put what they have into a bounded queue under a lock that nobody holds during I/O. One
  * thread takes from both queues and writes them in one transaction. After the first of a batch it
  * waits a moment for others: gathering, so that a busy second costs tens of transactions and not
- * thousands. Where the store stays away, what was taken goes to standard error; until the store
- * answers again a batch is tried once only, so that an outage never holds the queue up for long.
+ * thousands. Where the store stays away, what was taken goes to the outbox, or, where that fails too,
+ * to standard error; until the store answers again a batch is tried once only, so that an outage never
+ * holds the queue up for long.
  *
  * The recorder never logs: its own entries (how many were dropped, why something went to standard
  * error) are made here and written where the others are. */
@@ -175,8 +176,11 @@ static void take_load(struct recorder *r, struct load *load)
     r->entries.dropped = r->attempts.dropped = 0;
 }
 
-static enum err_code record(struct recorder *r, void *const *entries, size_t entry_count,
-                            void *const *attempts, size_t attempt_count, struct err *err)
+enum where { TO_STORE, TO_STORE_AGAIN, TO_OUTBOX };
+
+static enum err_code record(struct recorder *r, enum where where, void *const *entries,
+                            size_t entry_count, void *const *attempts, size_t attempt_count,
+                            struct err *err)
 {
     struct log_entry *typed_entries[ENTRIES_AT_ONCE + 1];
     const struct store_retry_attempt *typed_attempts[ATTEMPTS_AT_ONCE];
@@ -185,7 +189,11 @@ static enum err_code record(struct recorder *r, void *const *entries, size_t ent
         typed_entries[i] = entries[i];
     for (size_t i = 0; i < attempt_count; i++)
         typed_attempts[i] = attempts[i];
-    return store_record(r->store, typed_entries, entry_count, typed_attempts, attempt_count, err);
+    if (where == TO_OUTBOX)
+        return store_record_offline(r->store, typed_entries, entry_count, typed_attempts,
+                                    attempt_count, err);
+    return store_record(r->store, typed_entries, entry_count, typed_attempts, attempt_count,
+                        where == TO_STORE_AGAIN, err);
 }
 
 static void attempt_to_stderr(const struct store_retry_attempt *a)
@@ -221,6 +229,19 @@ static void say_why(const struct load *load, const struct err *err)
     free(entry);
 }
 
+/* The store did not take the load: the outbox keeps it, or else standard error has it. */
+static void keep_for_later(struct recorder *r, const struct load *load, const struct err *why)
+{
+    struct err err = {.message = ""};
+
+    if (record(r, TO_OUTBOX, load->entries, load->entry_count, load->attempts, load->attempt_count,
+               &err) == ERR_NONE)
+        return;
+    err_prefix(&err, "%s", why->message);
+    say_why(load, &err);
+    load_to_stderr(load);
+}
+
 /* Each alone, for one of them was refused; standard error takes that one. */
 static void write_singly(struct recorder *r, struct load *load)
 {
@@ -229,13 +250,13 @@ static void write_singly(struct recorder *r, struct load *load)
 
     for (size_t i = 0; i < load->entry_count; i++) {
         if (code != ERR_STORE_UNAVAILABLE)
-            code = record(r, &load->entries[i], 1, NULL, 0, &err);
+            code = record(r, TO_STORE_AGAIN, &load->entries[i], 1, NULL, 0, &err);
         if (code != ERR_NONE)
             log_to_stderr(load->entries[i]);
     }
     for (size_t i = 0; i < load->attempt_count; i++) {
         if (code != ERR_STORE_UNAVAILABLE)
-            code = record(r, NULL, 0, &load->attempts[i], 1, &err);
+            code = record(r, TO_STORE_AGAIN, NULL, 0, &load->attempts[i], 1, &err);
         if (code != ERR_NONE)
             attempt_to_stderr(load->attempts[i]);
     }
@@ -264,12 +285,14 @@ static void pause_retry(struct recorder *r)
 static enum err_code offer(struct recorder *r, const struct load *load, struct err *err)
 {
     int64_t until_ms = clock_monotonic_ms() + (r->store_is_away ? 0 : RETRY_FOR_MS);
+    enum where where = TO_STORE;
     enum err_code code =
         err_set(err, ERR_STORE_UNAVAILABLE, "the program ends before the store took them");
 
     while (!is_over(r)) {
-        code =
-            record(r, load->entries, load->entry_count, load->attempts, load->attempt_count, err);
+        code = record(r, where, load->entries, load->entry_count, load->attempts,
+                      load->attempt_count, err);
+        where = TO_STORE_AGAIN; /* perhaps it has taken them, and could not say so */
         if (code != ERR_STORE_UNAVAILABLE || clock_monotonic_ms() >= until_ms)
             break;
         pause_retry(r);
@@ -290,8 +313,7 @@ static void write_load(struct recorder *r, struct load *load, bool crowded)
     if (code == ERR_BAD_VALUE) {
         write_singly(r, load);
     } else if (code != ERR_NONE) {
-        say_why(load, &err);
-        load_to_stderr(load);
+        keep_for_later(r, load, &err);
     }
     metrics_add(METRIC_LOG_WRITTEN, (int64_t)load->entry_count);
     for (size_t i = 0; i < load->entry_count; i++)

@@ -1,5 +1,5 @@
-/* outbox.h - the journal of what could not reach the store: settlements, and the fallback's
- * reservations.
+/* outbox.h - the journal of what could not reach the store: settlements, the fallback's reservations,
+ * log entries and retry attempts.
  *
  * A SQLite file in state_dir (WAL, synchronous=FULL), shared by the processes of a host: what append
  * returned ERR_NONE for survives a power cut. Entries are replayed in the order in which they came,
@@ -11,7 +11,6 @@
 
 #include <stdbool.h>
 
-#include "buf.h"
 #include "err.h"
 #include "store.h"
 
@@ -27,6 +26,8 @@ bool outbox_exists(const char *state_dir);
 enum err_code outbox_append_settlement(struct outbox *outbox,
                                        const struct store_settlement *settlement,
                                        struct err *err) MUST_CHECK;
+/* Also ERR_REQUEST_IN_PROGRESS and ERR_ALREADY_PROCESSED: another request waits here with the same
+ * idempotency key. */
 enum err_code outbox_append_reservation(struct outbox *outbox,
                                         const struct store_acquire *reservation,
                                         struct err *err) MUST_CHECK;
@@ -34,20 +35,32 @@ enum err_code outbox_append_reservation(struct outbox *outbox,
 enum err_code outbox_append_dead(struct outbox *outbox, const struct store_settlement *settlement,
                                  const char *reason, struct err *err) MUST_CHECK;
 
+/* Log entries and retry attempts, in one transaction. Beyond 64 MiB of them the oldest go: *dropped,
+ * how many. */
+enum err_code outbox_append_records(struct outbox *outbox, struct log_entry *const *entries,
+                                    size_t entry_count,
+                                    const struct store_retry_attempt *const *attempts,
+                                    size_t attempt_count, int64_t *dropped,
+                                    struct err *err) MUST_CHECK;
+
 /* Does an entry of this request wait? Then its settlement must line up behind it. */
 bool outbox_holds(struct outbox *outbox, const char *request_id);
 
 enum err_code outbox_status(struct outbox *outbox, struct store_outbox_status *status,
                             struct err *err) MUST_CHECK;
 
-/* How entries are replayed: settle and reserve return the store's verdict on one. ERR_BAD_VALUE
- * kills the entry, as the 20th ERR_INTERNAL in one process does; any other error ends the drain, as
- * go_on (may be NULL) does when it says false.
+/* How entries are replayed: each function returns the store's verdict. ERR_BAD_VALUE kills an entry,
+ * as the 20th ERR_INTERNAL in one process does; before that, others of its token wait and the rest
+ * passes. Any other error ends the drain, as go_on (may be NULL) does when it says false.
  * What entries say in milliseconds from now (cooldown, expiry) is shortened by the time they waited;
- * a reservation keeps at least a minute, in which its settlement, which stands behind it, follows. */
+ * a reservation keeps at least a minute, in which its settlement, which stands behind it, follows.
+ * Records may have reached the store already: it must not keep them twice. */
 struct outbox_replay {
     enum err_code (*settle)(void *context, struct store_settlement *settlement, struct err *err);
     enum err_code (*reserve)(void *context, struct store_acquire *reservation, struct err *err);
+    enum err_code (*record)(void *context, struct log_entry *const *entries, size_t entry_count,
+                            const struct store_retry_attempt *const *attempts, size_t attempt_count,
+                            struct err *err);
     bool (*go_on)(void *context);
     void *context;
 };
@@ -56,8 +69,5 @@ struct outbox_replay {
  * with *replayed 0). */
 enum err_code outbox_drain(struct outbox *outbox, const struct outbox_replay *replay,
                            int64_t *replayed, struct err *err) MUST_CHECK;
-
-/* Appends the settlement as the JSON object that an entry holds: all its numbers, never a key. */
-void outbox_write_settlement(struct buf *out, const struct store_settlement *settlement);
 
 #endif

@@ -1,7 +1,7 @@
 /* record.h - the recorder: log entries and retry attempts go to the store in the background.
  *
- * Two bounded queues and one thread, which writes what has gathered in one transaction. Where the
- * store fails, entries go to standard error. What a full queue drops is counted, and the count is
+ * Two bounded queues and one thread, which writes what has gathered in one transaction. What the store
+ * does not take goes to the outbox, and where that fails to standard error. What a full queue drops is counted, and the count is
  * itself logged once there is room: nothing is dropped silently. */
 #ifndef EXTRACT_RECORD_H
 #define EXTRACT_RECORD_H

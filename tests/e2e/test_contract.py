@@ -629,7 +629,7 @@ def test_healthz(stack: Stack) -> None:
 def test_readyz(stack: Stack) -> None:
     assert stack.get("/readyz").json() == {
         "status": "ok", "store": "reachable", "fallback": False,
-        "outbox": {"usable": True, "waiting": 0, "dead": 0, "oldest_seconds": 0}}
+        "outbox": {"usable": True, "waiting": 0, "records": 0, "dead": 0, "oldest_seconds": 0}}
 
 
 def test_store_is_gone(make_stack: Callable[..., Stack], emulator: Emulator, pdf: bytes) -> None:

@@ -1,11 +1,13 @@
 """GET /metrics: what is counted, over all processes of the pool, and that it stays counted."""
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, Emulator, Stack, eventually, form
@@ -68,7 +70,8 @@ def test_names_and_gauges_of_an_idle_pool(pool: Stack) -> None:
     codes = {name for name in found if name.startswith("extract_requests_total{")}
     assert {f'extract_requests_total{{code="{code}"}}' for code in (
         "success", "token_expired", "token_unavailable", "no_active_token", "invalid_file", "unsupported_media_type",
-        "bad_request", "file_too_large", "rate_limited", "upstream_unavailable", "upstream_rejected", "invalid_answer",
+        "bad_request", "file_too_large", "unauthenticated", "forbidden", "request_in_progress", "already_processed",
+        "rate_limited", "upstream_unavailable", "upstream_rejected", "invalid_answer",
         "upstream_rate_limited", "token_busy", "deadline_exceeded", "store_unavailable", "storage_full", "overloaded",
         "internal_error", "not_found", "method_not_allowed")} == codes
     assert sum(name.startswith("extract_build_info{version=") and value == 1 for name, value in found.items()) == 1
@@ -215,3 +218,26 @@ def test_counts_outlive_the_processes(make_stack: Callable[..., Stack], crowd: T
         assert samples(pool)["extract_requests_in_flight"] == 0
     assert pool.post(pdf).status == 200
     assert samples(pool)['extract_requests_total{code="success"}'] == 31
+
+
+def test_depth_of_the_outbox(make_stack: Callable[..., Stack], tmp_path: Path, company: str, pdf: bytes) -> None:
+    (tmp_path / "appSetting.txt").write_text("key-fallback\n")
+    stack = make_stack(env={"EXTRACT_FALLBACK_KEY_FILE": str(tmp_path / "appSetting.txt"),
+                            "EXTRACT_STORE_QUERY_TIMEOUT": "300ms"})
+    stack.allowed_stderr += [r" (INFO|WARNING|ERROR) "]
+
+    def depth() -> list[float]:
+        return [stack.metric(f'extract_outbox_entries{{state="{state}"}}') for state in ("waiting", "records", "dead")]
+
+    assert depth() == [0, 0, 0]
+    with stack.store_away():
+        assert stack.post(pdf, company).status == 200
+        eventually(lambda: depth()[0] == 2 and depth()[1] > 0, "reservation and settlement wait, and log entries do")
+        eventually(lambda: stack.metric("extract_outbox_oldest_seconds") >= 1, "they get older")
+        shown = json.loads(stack.ctl("outbox", "status", "--json").stdout)[0]  # though the store is away
+        assert shown["Waiting"] == 2 and shown["Records"] > 0 and shown["Dead"] == 0 and shown["OldestSeconds"] >= 1
+    eventually(lambda: depth() == [0, 0, 0], "all has reached the store")
+    assert stack.metric("extract_outbox_oldest_seconds") == 0
+    [entry] = stack.rows("SELECT COUNT(*) AS n FROM ApplicationLogs WHERE Message LIKE 'extracted: company=' || ? || ' %'",
+                         company)
+    assert entry["n"] == 1

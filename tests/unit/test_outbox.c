@@ -130,6 +130,7 @@ static char *sql(const char *text)
 /* ---- replaying into memory ---- */
 
 #define TAKEN_MAX 4096
+#define RECORDS_KEPT 8
 
 /* What the store was given, by request, and its verdicts. */
 static struct taken {
@@ -141,6 +142,11 @@ static struct taken {
     struct store_acquire reservation;
     int stop_after;        /* go_on says no then; -1: never */
     struct outbox *second; /* drained from within */
+    /* log entries and retry attempts */
+    const char *refuses; /* a message that gets the verdict, with all that came with it */
+    char messages[RECORDS_KEPT][32];
+    size_t messages_count, attempts_count, calls;
+    struct store_retry_attempt attempt;
 } taken;
 
 static void taken_reset(void)
@@ -164,6 +170,7 @@ static enum err_code take(const char *request_id, struct err *err)
 
 static void (*check_settlement)(const struct store_settlement *s);
 static void (*check_reservation)(const struct store_acquire *a);
+static void (*check_log)(const struct log_entry *entry);
 
 static enum err_code take_settlement(void *context, struct store_settlement *s, struct err *err)
 {
@@ -184,13 +191,38 @@ static enum err_code take_reservation(void *context, struct store_acquire *a, st
     return take(a->request_id, err);
 }
 
+static enum err_code take_records(void *context, struct log_entry *const *entries,
+                                  size_t entry_count,
+                                  const struct store_retry_attempt *const *attempts,
+                                  size_t attempt_count, struct err *err)
+{
+    assert_ptr_equal(context, &taken);
+    for (size_t i = 0; taken.refuses != NULL && i < entry_count; i++)
+        if (strcmp(entries[i]->message, taken.refuses) == 0)
+            return err_set(err, taken.verdict, "one is refused");
+    taken.calls++;
+    for (size_t i = 0; i < entry_count; i++)
+        snprintf(taken.messages[taken.messages_count++ % RECORDS_KEPT], 32, "%s",
+                 entries[i]->message);
+    if (entry_count > 0 && check_log != NULL)
+        check_log(entries[0]);
+    if (attempt_count > 0)
+        taken.attempt = *attempts[attempt_count - 1];
+    taken.attempts_count += attempt_count;
+    return ERR_NONE;
+}
+
 static bool go_on(void *context)
 {
     assert_ptr_equal(context, &taken);
     return taken.stop_after < 0 || taken.count < taken.stop_after;
 }
 
-static const struct outbox_replay replay = {take_settlement, take_reservation, go_on, &taken};
+static const struct outbox_replay replay = {.settle = take_settlement,
+                                            .reserve = take_reservation,
+                                            .record = take_records,
+                                            .go_on = go_on,
+                                            .context = &taken};
 
 static enum err_code drain(struct outbox *outbox, int64_t *replayed)
 {
@@ -544,6 +576,229 @@ static void test_internal_errors_kill_in_the_end(void **state)
     log_set_sink(NULL, NULL);
 }
 
+/* The order is kept for each token; others do not wait for one that is stuck. */
+static void test_other_tokens_pass_one_that_is_stuck(void **state)
+{
+    struct store_settlement other = a_settlement("r3");
+    int64_t replayed = 0;
+    (void)state;
+
+    taken_reset();
+    other.token_id = 43;
+    struct outbox *outbox = open_outbox();
+    append(outbox, "r1");
+    append(outbox, "r2"); /* of the same token */
+    assert_int_equal(outbox_append_settlement(outbox, &other, NULL), ERR_NONE);
+    taken.fails = "r1";
+    taken.verdict = ERR_INTERNAL;
+    assert_int_equal(drain(outbox, &replayed), ERR_INTERNAL);
+    assert_int_equal(replayed, 1);
+    assert_string_equal(taken.ids[0], "r3");
+    taken.fails = NULL;
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    assert_int_equal(replayed, 2);
+    assert_string_equal(taken.ids[1], "r1");
+    assert_string_equal(taken.ids[2], "r2");
+    outbox_close(outbox);
+}
+
+/* What an older version has left is read. */
+static void test_members_that_came_later_may_be_missing(void **state)
+{
+    int64_t replayed = 0;
+    (void)state;
+
+    taken_reset();
+    struct outbox *outbox = open_outbox();
+    append(outbox, "r1");
+    sql("UPDATE Outbox SET Payload = json_remove(Payload, '$.idempotency', '$.release_sequence')");
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    assert_int_equal(replayed, 1);
+    outbox_close(outbox);
+}
+
+/* ---- idempotency keys ---- */
+
+static enum err_code reserve_with_key(struct outbox *outbox, const char *request_id,
+                                      const char *company, const char *key, struct err *err)
+{
+    struct store_acquire a = a_reservation(request_id);
+
+    a.company_id = company;
+    a.idempotency_key = key;
+    return outbox_append_reservation(outbox, &a, err);
+}
+
+static void test_an_idempotency_key_waits_once(void **state)
+{
+    struct store_settlement s = a_settlement("r1");
+    struct err err = {.message = ""};
+    int64_t replayed = 0;
+    (void)state;
+
+    taken_reset();
+    struct outbox *outbox = open_outbox();
+    assert_int_equal(reserve_with_key(outbox, "r1", "NT047", "k", &err), ERR_NONE);
+    assert_int_equal(reserve_with_key(outbox, "r2", "nt047", "k", &err), ERR_REQUEST_IN_PROGRESS);
+    assert_non_null(strstr(err.message, "Its request_id is r1."));
+    assert_int_equal(reserve_with_key(outbox, "r1", "NT047", "k", &err), ERR_NONE); /* its own */
+    assert_int_equal(reserve_with_key(outbox, "r3", "NT048", "k", &err), ERR_NONE);
+    assert_int_equal(reserve_with_key(outbox, "r4", "NT047", "l", &err), ERR_NONE);
+    assert_int_equal(reserve_with_key(outbox, "r5", "NT047", NULL, &err), ERR_NONE);
+    assert_int_equal(outbox_append_settlement(outbox, &s, NULL), ERR_NONE);
+    assert_int_equal(reserve_with_key(outbox, "r2", "NT047", "k", &err), ERR_ALREADY_PROCESSED);
+    assert_int_equal(status_of(outbox).waiting, 6);
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    assert_int_equal(reserve_with_key(outbox, "r2", "NT047", "k", &err), ERR_NONE);
+    outbox_close(outbox);
+}
+
+/* ---- log entries and retry attempts ---- */
+
+static struct log_entry a_log(const char *message)
+{
+    return (struct log_entry){.wall_ms = INT64_C(1795349601123),
+                              .level = LOG_WARNING,
+                              .logger = "gemini",
+                              .message = message,
+                              .module = "gemini.c",
+                              .function = "gemini_call",
+                              .line = 123};
+}
+
+static enum err_code append_logs(struct outbox *outbox, struct log_entry *first,
+                                 struct log_entry *second,
+                                 const struct store_retry_attempt *attempt, int64_t *dropped)
+{
+    struct log_entry *const entries[] = {first, second};
+    const struct store_retry_attempt *const attempts[] = {attempt};
+    struct err err = {.message = ""};
+
+    return outbox_append_records(outbox, entries, second == NULL ? 1 : 2, attempts, attempt != NULL,
+                                 dropped, &err);
+}
+
+static void check_whole_log(const struct log_entry *e)
+{
+    assert_int_equal(e->wall_ms, INT64_C(1795349601123));
+    assert_int_equal(e->level, LOG_WARNING);
+    assert_string_equal(e->logger, "gemini");
+    assert_string_equal(e->message, "one \"quoted\" \\n");
+    assert_string_equal(e->exception, "the cause");
+    assert_string_equal(e->module, "gemini.c");
+    assert_string_equal(e->function, "gemini_call");
+    assert_int_equal(e->line, 123);
+    assert_string_equal(e->request_id, "r1");
+}
+
+static void test_records_come_back_whole(void **state)
+{
+    struct log_entry one = a_log("one \"quoted\" \\n"), two = a_log("two");
+    const struct store_retry_attempt attempt = {.token_id = INT64_C(9007199254740993),
+                                                .wall_ms = INT64_C(1795349601124),
+                                                .attempt = 2,
+                                                .is_retryable = true,
+                                                .status_code = 503,
+                                                .delay_ms = 1500,
+                                                .request_id = "r1",
+                                                .company_id = "NT\xC3\xA9",
+                                                .error_message = "overloaded"};
+    int64_t replayed = 0, dropped = 99;
+    (void)state;
+
+    taken_reset();
+    one.exception = "the cause";
+    one.request_id = "r1";
+    struct outbox *outbox = open_outbox();
+    append(outbox, "r1");
+    assert_int_equal(append_logs(outbox, &one, &two, &attempt, &dropped), ERR_NONE);
+    assert_int_equal(dropped, 0);
+    assert_int_equal(status_of(outbox).waiting, 1);
+    assert_int_equal(status_of(outbox).records, 3);
+    check_log = check_whole_log;
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    check_log = NULL;
+    assert_int_equal(replayed, 4);
+    assert_int_equal(taken.calls, 1); /* together */
+    assert_string_equal(taken.messages[1], "two");
+    assert_int_equal(taken.attempts_count, 1);
+    assert_memory_equal(&taken.attempt, &attempt, sizeof attempt);
+    assert_int_equal(status_of(outbox).records, 0);
+    outbox_close(outbox);
+}
+
+static void test_records_wait_for_the_store(void **state)
+{
+    struct log_entry one = a_log("one"), two = a_log("two");
+    int64_t replayed = 0, dropped = 0;
+    (void)state;
+
+    taken_reset();
+    struct outbox *outbox = open_outbox();
+    assert_int_equal(append_logs(outbox, &one, &two, NULL, &dropped), ERR_NONE);
+    taken.refuses = "two";
+    taken.verdict = ERR_STORE_UNAVAILABLE;
+    for (int i = 0; i < 30; i++)
+        assert_int_equal(drain(outbox, &replayed), ERR_STORE_UNAVAILABLE);
+    assert_int_equal(status_of(outbox).records, 2);
+    taken.refuses = NULL;
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    assert_int_equal(replayed, 2);
+    outbox_close(outbox);
+}
+
+static void test_a_refused_record_goes_alone(void **state)
+{
+    struct log_entry one = a_log("one"), two = a_log("two"), three = a_log("three");
+    int64_t replayed = 0, dropped = 0;
+    (void)state;
+
+    taken_reset();
+    log_set_sink(count_entry, NULL);
+    atomic_store(&logged[LOG_ERROR], 0);
+    struct outbox *outbox = open_outbox();
+    assert_int_equal(append_logs(outbox, &one, &two, NULL, &dropped), ERR_NONE);
+    assert_int_equal(append_logs(outbox, &three, NULL, NULL, &dropped), ERR_NONE);
+    sql("INSERT INTO OutboxRecords (Kind, Payload, Bytes, CreatedAt) VALUES ('log', '{}', 2, 1)");
+    taken.refuses = "two";
+    taken.verdict = ERR_BAD_VALUE;
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    assert_int_equal(replayed, 2);
+    assert_int_equal(taken.messages_count, 2);
+    assert_string_equal(taken.messages[0], "one");
+    assert_string_equal(taken.messages[1], "three");
+    assert_int_equal(status_of(outbox).records, 0);
+    assert_in_range(atomic_load(&logged[LOG_ERROR]), 2, 4); /* the refused, the unreadable */
+    outbox_close(outbox);
+    log_set_sink(NULL, NULL);
+}
+
+static void test_the_oldest_records_make_room(void **state)
+{
+    static char text[100000];
+    struct log_entry first = a_log("first"), big = a_log(text), last = a_log("last");
+    int64_t replayed = 0, dropped = 0, sum = 0;
+    (void)state;
+
+    taken_reset();
+    memset(text, 'x', sizeof text - 1);
+    struct outbox *outbox = open_outbox();
+    append(outbox, "r1");
+    assert_int_equal(append_logs(outbox, &first, NULL, NULL, &dropped), ERR_NONE);
+    for (int i = 0; i < 700; i++) { /* 70 MB */
+        assert_int_equal(append_logs(outbox, &big, NULL, NULL, &dropped), ERR_NONE);
+        sum += dropped;
+    }
+    assert_int_equal(append_logs(outbox, &last, NULL, NULL, &dropped), ERR_NONE);
+    assert_true(sum > 0);
+    assert_int_equal(status_of(outbox).records, 702 - sum);
+    assert_true(atoll(sql("SELECT SUM(LENGTH(Payload)) FROM OutboxRecords")) <= 64 * 1024 * 1024);
+    assert_int_equal(drain(outbox, &replayed), ERR_NONE);
+    assert_int_equal(replayed, 703 - sum); /* and the settlement, which never goes */
+    assert_string_equal(taken.messages[(taken.messages_count - 1) % RECORDS_KEPT], "last");
+    outbox_close(outbox);
+}
+
 static void test_one_drainer_at_a_time(void **state)
 {
     int64_t replayed = 0;
@@ -832,6 +1087,7 @@ static const struct store_driver far_driver = {
 static struct store *open_store(char *state_dir)
 {
     struct config config = {.server = {.state_dir = state_dir},
+                            .seal = {.key_file = (char *)(uintptr_t) ""},
                             .store = {.query_timeout_ms = 5000}};
     struct err err = {.message = ""};
     struct store *store = store_open_with(&far_driver, &config, &err);
@@ -1172,6 +1428,13 @@ int main(void)
         ALONE(test_order_and_failure),
         ALONE(test_refused_entry_dies),
         ALONE(test_internal_errors_kill_in_the_end),
+        ALONE(test_other_tokens_pass_one_that_is_stuck),
+        ALONE(test_members_that_came_later_may_be_missing),
+        ALONE(test_an_idempotency_key_waits_once),
+        ALONE(test_records_come_back_whole),
+        ALONE(test_records_wait_for_the_store),
+        ALONE(test_a_refused_record_goes_alone),
+        ALONE(test_the_oldest_records_make_room),
         ALONE(test_one_drainer_at_a_time),
         ALONE(test_drain_can_be_told_to_stop),
         ALONE(test_what_waited_is_shortened),

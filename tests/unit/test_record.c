@@ -35,7 +35,7 @@ static struct {
     enum log_level levels[KEPT_MAX];
     size_t message_count, attempt_count;
     struct store_retry_attempt last_attempt;
-    size_t calls, most_entries, most_attempts;
+    size_t calls, again_calls, most_entries, most_attempts;
 } far = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
 static void far_reset(void)
@@ -47,7 +47,7 @@ static void far_reset(void)
     far.fails = ERR_NONE;
     far.fails_until_ms = 0;
     far.refuses = NULL;
-    far.message_count = far.attempt_count = far.calls = 0;
+    far.message_count = far.attempt_count = far.calls = far.again_calls = 0;
     far.most_entries = far.most_attempts = 0;
 }
 
@@ -72,11 +72,12 @@ static enum err_code far_verdict(struct log_entry *const *entries, size_t count,
 
 static enum err_code far_record(void *self, struct log_entry *const *entries, size_t entry_count,
                                 const struct store_retry_attempt *const *attempts,
-                                size_t attempt_count, struct err *err)
+                                size_t attempt_count, bool again, struct err *err)
 {
     (void)self;
     pthread_mutex_lock(&far.lock);
     far.calls++;
+    far.again_calls += again;
     far.inside++;
     pthread_cond_broadcast(&far.changed);
     while (!far.open)
@@ -279,11 +280,13 @@ static void test_line_on_stderr(void **state)
 static struct store *store;
 static struct recorder *recorder;
 
-static int set_up(void **state)
+static char directory[64];
+
+static int set_up_in(const char *state_dir)
 {
-    struct config config = {.server = {.state_dir = (char *)(uintptr_t) ""}};
+    struct config config = {.server = {.state_dir = (char *)(uintptr_t)state_dir},
+                            .seal = {.key_file = (char *)(uintptr_t) ""}};
     struct err err;
-    (void)state;
 
     far_reset();
     store = store_open_with(&far_driver, &config, &err);
@@ -294,6 +297,20 @@ static int set_up(void **state)
     return 0;
 }
 
+/* Without a state_dir, and so without an outbox. */
+static int set_up(void **state)
+{
+    (void)state;
+    return set_up_in("");
+}
+
+static int set_up_with_outbox(void **state)
+{
+    (void)state;
+    snprintf(directory, sizeof directory, "/tmp/test_record.XXXXXX");
+    return mkdtemp(directory) == NULL ? -1 : set_up_in(directory);
+}
+
 static int tear_down(void **state)
 {
     (void)state;
@@ -301,6 +318,20 @@ static int tear_down(void **state)
     store_close(store);
     far_reset();
     return 0;
+}
+
+static int tear_down_with_outbox(void **state)
+{
+    static const char *const names[] = {"outbox.db", "outbox.db-wal", "outbox.db-shm",
+                                        "outbox.lock"};
+    char path[128];
+
+    tear_down(state);
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        snprintf(path, sizeof path, "%s/%s", directory, names[i]);
+        unlink(path);
+    }
+    return rmdir(directory);
 }
 
 static struct store_retry_attempt an_attempt(int number)
@@ -397,6 +428,36 @@ static void test_store_away_goes_to_stderr(void **state)
     assert_null(strstr(caught, "kept"));
     assert_int_equal(far.message_count, 1);
     assert_string_equal(far.messages[0], "kept");
+}
+
+static void test_store_away_goes_to_the_outbox(void **state)
+{
+    struct store_retry_attempt attempt = an_attempt(2);
+    struct store_outbox_status outbox;
+    struct err err;
+    int64_t replayed = 0;
+    (void)state;
+
+    catch_stderr();
+    far_fail(ERR_STORE_UNAVAILABLE, 0);
+    log_error("the-request", "why", "kept here");
+    recorder_retry(recorder, &attempt);
+    recorder_flush(recorder);
+    assert_int_equal(far.again_calls, far.calls - 1); /* all but the first */
+    assert_int_equal(store_outbox_status(store, &outbox, &err), ERR_NONE);
+    assert_int_equal(outbox.records, 2);
+    assert_int_equal(outbox.waiting, 0);
+    far_fail(ERR_NONE, 0);
+    size_t again_before = far.again_calls;
+    assert_int_equal(store_outbox_drain(store, &replayed, &err), ERR_NONE);
+    assert_int_equal(replayed, 2);
+    assert_int_equal(far.again_calls, again_before + 1);
+    release_stderr();
+    assert_string_equal(caught, "");
+    assert_int_equal(far.message_count, 1);
+    assert_string_equal(far.messages[0], "kept here");
+    assert_int_equal(far.attempt_count, 1);
+    assert_memory_equal(&far.last_attempt, &attempt, sizeof attempt);
 }
 
 static void test_short_absence_loses_nothing(void **state)
@@ -570,6 +631,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_what_comes_together_is_written_together, set_up,
                                         tear_down),
         cmocka_unit_test_setup_teardown(test_store_away_goes_to_stderr, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_store_away_goes_to_the_outbox, set_up_with_outbox,
+                                        tear_down_with_outbox),
         cmocka_unit_test_setup_teardown(test_short_absence_loses_nothing, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_refused_entry_goes_alone, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_full_queue_counts_and_says_so, set_up, tear_down),

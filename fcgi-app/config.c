@@ -78,10 +78,12 @@ static const struct key table[] = {
     {TEXT(server, body_file_dir, NULL), "",
      "where nginx keeps uploads that it names in REQUEST_BODY_FILE; empty: such requests are refused"},
 
-    {WORD(auth, mode, auth_words), "none",
-     "who may post: none (whoever reaches the socket) or bearer (not available in this version)"},
+    {WORD(auth, mode, auth_words), "bearer",
+     "who may post: bearer (who has a client key) or none (whoever reaches the socket)"},
     {DURATION(auth, offline_grace, 0, 720 * VALUE_HOUR), "1h",
      "how long a client key once verified is trusted while the store cannot be reached"},
+    {INTEGER(auth, key_rate, 0, 1e6), "6000",
+     "requests a minute of one client key, over all processes of the host; 0: no limit"},
 
     {TEXT(gemini, base_url, value_fault_base_url), "https://generativelanguage.googleapis.com",
      "what stands before /v1beta/models/; plain http on loopback only"},
@@ -157,7 +159,7 @@ static const struct key table[] = {
      "where entries go: store (the table ApplicationLogs) or stderr"},
 
     {FILE_NAME(seal, key_file), "",
-     "key that API keys in the store are encrypted with (not available in this version)"},
+     "keys that API keys in the store are sealed with, a line each, the first seals; empty: not sealed"},
 };
 /* clang-format on */
 
@@ -476,8 +478,6 @@ static enum err_code check_together(const struct loaded *loaded, struct err *err
         const char *name; /* of two keys that do not fit together, one that somebody set */
         const char *why;
     } rules[] = {
-        {config->auth.mode == AUTH_BEARER, "auth", "mode",
-         "bearer is not available in this version"},
         {misfit != NULL, "store", misfit,
          config->store.connection_file[0] == '\0'
              ? "driver = mssql needs server, database, user and password_file, or connection_file"
@@ -485,8 +485,6 @@ static enum err_code check_together(const struct loaded *loaded, struct err *err
         {mssql && has_admin != (config->store.admin_password_file[0] != '\0'), "store",
          has_admin ? "admin_user" : "admin_password_file",
          "admin_user and admin_password_file belong together"},
-        {config->seal.key_file[0] != '\0', "seal", "key_file",
-         "sealing is not available in this version"},
         {config->retry.initial_delay_ms > config->retry.max_delay_ms, "retry",
          delay_is_set ? "initial_delay" : "max_delay",
          "initial_delay must not be longer than max_delay"},

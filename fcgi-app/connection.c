@@ -56,6 +56,14 @@ static const char *parameter(const struct connection *c, const char *name)
     return value == NULL ? "" : value;
 }
 
+/* The same of a value that is to be wiped: libfcgi's own copy, the only one. */
+static char *secret(const struct connection *c, const char *name)
+{
+    static char none[] = "";
+    char *value = FCGX_GetParam(name, c->fcgi.envp);
+    return value == NULL ? none : value;
+}
+
 static size_t read_stdin(void *io, void *into, size_t size)
 {
     FCGX_Request *fcgi = io;
@@ -124,6 +132,8 @@ bool connection_read_head(struct connection *c)
     request->body_file = parameter(c, "REQUEST_BODY_FILE");
     request->proxy_request_id = parameter(c, "PROXY_REQUEST_ID");
     request->peer = parameter(c, "REMOTE_ADDR");
+    request->authorization = secret(c, "HTTP_AUTHORIZATION");
+    request->idempotency_key = FCGX_GetParam("HTTP_IDEMPOTENCY_KEY", c->fcgi.envp);
     request->read = read_stdin;
     request->io = &c->fcgi;
     return true;
@@ -147,6 +157,8 @@ static void write_response(struct connection *c, struct response *response)
         FCGX_FPrintF(out, "Retry-After: %d\r\n", response->retry_after_s);
     if (response->allow != NULL)
         FCGX_FPrintF(out, "Allow: %s\r\n", response->allow);
+    if (response->authenticate != NULL)
+        FCGX_FPrintF(out, "WWW-Authenticate: %s\r\n", response->authenticate);
     FCGX_PutS("Cache-Control: no-store\r\n\r\n", out);
     FCGX_PutStr(buf_str(&response->body), (int)len, out);
 }

@@ -227,8 +227,54 @@ static void check_tokens(struct check *check)
     if (counts.all == 0)
         report(check, "tokens", remedy, "none");
     else
-        report(check, "tokens", remedy, "%s; %" PRId64 " API key%s stored in clear", counts.text,
-               counts.all, counts.all == 1 ? " is" : "s are");
+        report(check, "tokens", remedy, "%s", counts.text);
+}
+
+struct key_faults {
+    int plain, sealed, unreadable;
+    char tokens[200]; /* the plain ones: "3, 7, …" */
+    char first[sizeof((struct err *)0)->message];
+};
+
+/* A store_key_row. */
+static void count_key(void *context, int64_t token_id, const char *fault)
+{
+    struct key_faults *faults = context;
+    size_t len = strlen(faults->tokens);
+
+    if (fault == NULL) {
+        faults->sealed++;
+    } else if (*fault != '\0') {
+        if (faults->unreadable++ == 0)
+            snprintf(faults->first, sizeof faults->first, "%s", fault);
+    } else {
+        faults->plain++;
+        if (len + 32 < sizeof faults->tokens)
+            snprintf(faults->tokens + len, sizeof faults->tokens - len, "%s%" PRId64,
+                     len > 0 ? ", " : "", token_id);
+        else if (len + 8 < sizeof faults->tokens && faults->tokens[len - 1] != '.')
+            snprintf(faults->tokens + len, sizeof faults->tokens - len, ", ...");
+    }
+}
+
+static void check_keys(struct check *check)
+{
+    struct key_faults faults = {0};
+    struct err err = {0};
+    bool can_seal = check->ctl->config->seal.key_file[0] != '\0';
+
+    if (store_check_keys(check->ctl->store, count_key, &faults, &err) != ERR_NONE)
+        report(check, "API keys", "see the log of the store", "%s", err.message);
+    else if (faults.unreadable > 0)
+        report(check, "API keys",
+               "put the key that sealed them into seal.key_file, or give the "
+               "tokens new API keys: " CTL_NAME " token set-key",
+               "%d cannot be used: %s", faults.unreadable, faults.first);
+    else if (faults.plain > 0)
+        report(check, "API keys", can_seal ? "seal them: " CTL_NAME " seal" : NULL,
+               "%d sealed, %d in clear: token %s", faults.sealed, faults.plain, faults.tokens);
+    else
+        report(check, "API keys", NULL, "%d sealed, none in clear", faults.sealed);
 }
 
 /* A store_row: counts. */
@@ -279,6 +325,7 @@ int ctl_check(struct ctl *ctl)
         check_fallback(&check);
         if (check_store(&check)) {
             check_tokens(&check);
+            check_keys(&check);
             if (ctl_given(ctl, FLAG_AFTER_INSTALL))
                 check_errors(&check);
         }

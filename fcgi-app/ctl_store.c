@@ -144,7 +144,7 @@ int ctl_open_config(struct ctl *ctl)
 int ctl_open_store(struct ctl *ctl)
 {
     struct err err = {0};
-    int status = ctl_open_config(ctl);
+    int status = ctl->config != NULL ? EXIT_OK : ctl_open_config(ctl);
 
     if (status != EXIT_OK)
         return status;

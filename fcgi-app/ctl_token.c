@@ -240,3 +240,23 @@ int ctl_token_set_limit(struct ctl *ctl)
     };
     return ctl_show_row(ctl, cells, 2);
 }
+
+int ctl_seal(struct ctl *ctl)
+{
+    struct err err = {0};
+    int sealed = 0, unreadable = 0;
+    int status = ctl_open_config(ctl);
+
+    if (status == EXIT_OK && ctl->config->seal.key_file[0] == '\0')
+        return ctl_usage_error(ctl, "seal.key_file is not configured: there is no key to seal by");
+    if (status == EXIT_OK)
+        status = ctl_open_store(ctl);
+    if (status != EXIT_OK)
+        return status;
+    if (store_seal_keys(ctl->store, ctl->actor, &sealed, &unreadable, &err) != ERR_NONE)
+        return ctl_store_error(ctl, &err);
+    const struct ctl_cell cells[] = {{"Sealed", ctl_integer(sealed)},
+                                     {"Unreadable", ctl_integer(unreadable)}};
+    status = ctl_show_row(ctl, cells, 2);
+    return unreadable > 0 ? EXIT_NO : status;
+}

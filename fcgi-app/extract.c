@@ -1,7 +1,9 @@
 /* extract.c - POST /extract, in the order in which it happens:
  *
- *   1. read the upload, parse the form, check the fields          read_form
- *   2. check that the file is one that Gemini reads                media_check
+ *   1. look who calls, before anything of theirs is read          authenticate
+ *      read the upload, parse the form, check the fields          read_form
+ *   2. check that the company is the caller's                      check_company
+ *      and that the file is one that Gemini reads                  media_check
  *   3. acquire a token of the company                              acquire
  *   4. call Gemini with the retry policy                           call_until_done
  *   5. settle the usage                                            tokens_settle
@@ -16,6 +18,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "auth.h"
 #include "clock.h"
 #include "log.h"
 #include "media.h"
@@ -36,6 +39,7 @@ struct extraction {
     struct request *request;
     int64_t deadline_ms;
     struct upload upload;
+    struct store_client_key client; /* id empty: auth.mode is none */
     /* the form */
     const char *company, *user, *branch; /* NULL until read */
     const unsigned char *file;
@@ -58,6 +62,32 @@ struct extraction {
     struct err err; /* for the log; what the client is told follows from its code */
     int retry_after_s;
 };
+
+/* ---- 1. and 2. the caller ---- */
+
+static enum err_code authenticate(struct extraction *x)
+{
+    struct request *request = x->request;
+    enum err_code code = ERR_NONE;
+
+    if (x->app->auth != NULL)
+        code = auth_check(x->app->auth, request->authorization, &x->client, &x->retry_after_s,
+                          &x->err);
+    explicit_bzero(request->authorization, strlen(request->authorization));
+    if (code != ERR_NONE)
+        request_drain(request);
+    return code;
+}
+
+/* Is the company the key's? folded: the company of the form. */
+static enum err_code check_company(struct extraction *x, const char *folded)
+{
+    if (x->client.id[0] == '\0' ||
+        strcmp(text_fold(&x->request->arena, x->client.company_id), folded) == 0)
+        return ERR_NONE;
+    return err_set(&x->err, ERR_FORBIDDEN, "client key %s is not one of this company's",
+                   x->client.id);
+}
 
 /* ---- 1. the form ---- */
 
@@ -90,12 +120,28 @@ static enum err_code take_part(struct extraction *x, const struct multipart_part
     return ERR_NONE;
 }
 
+/* Visible ASCII, as the contract says. */
+static bool is_idempotency_key(const char *key)
+{
+    size_t n = 0;
+
+    while (key[n] > ' ' && key[n] <= '~')
+        n++;
+    return n >= 1 && n <= STORE_IDEMPOTENCY_MAX && key[n] == '\0';
+}
+
 static enum err_code read_form(struct extraction *x)
 {
     struct multipart_part parts[MULTIPART_MAX_PARTS];
     struct request *request = x->request;
     size_t count;
 
+    if (request->idempotency_key != NULL && !is_idempotency_key(request->idempotency_key)) {
+        request_drain(request);
+        return err_set(&x->err, ERR_BAD_REQUEST,
+                       "Idempotency-Key must have 1 to %d visible ASCII characters.",
+                       STORE_IDEMPOTENCY_MAX);
+    }
     enum err_code code = upload_open(&x->upload, request, x->app->config, &x->err);
     if (code != ERR_NONE)
         return code;
@@ -334,10 +380,12 @@ static enum err_code run(struct extraction *x)
     const struct config *config = x->app->config;
     enum err_code code;
 
-    if ((code = read_form(x)) != ERR_NONE ||
-        (code = media_check(x->file, x->file_len, &x->kind, &x->err)) != ERR_NONE)
+    if ((code = authenticate(x)) != ERR_NONE || (code = read_form(x)) != ERR_NONE)
         return code;
     const char *folded = text_fold(&request->arena, x->company);
+    if ((code = check_company(x, folded)) != ERR_NONE ||
+        (code = media_check(x->file, x->file_len, &x->kind, &x->err)) != ERR_NONE)
+        return code;
     if (!share_enter(x->app->share, folded))
         return err_set(&x->err, ERR_RATE_LIMITED, "the company holds its share of the workers");
 
@@ -345,6 +393,7 @@ static enum err_code run(struct extraction *x)
     int64_t guess = media_estimate_tokens(x->kind, x->file, x->file_len);
     int64_t reserve = config->gemini.reserve_tokens;
     tokens_init(&x->tokens, x->app, &request->arena, request->id, x->company, x->branch, x->user,
+                x->client.id[0] == '\0' ? NULL : x->client.id, request->idempotency_key,
                 guess > reserve ? guess : reserve, x->deadline_ms);
     if ((code = acquire(x, NULL, false)) == ERR_NONE)
         code = call_until_done(x);
@@ -375,9 +424,9 @@ static void log_end(const struct extraction *x, enum err_code code, const struct
         return;
     }
     LOG_AT(err_info(code)->status >= 500 ? LOG_ERROR : LOG_WARNING, request->id, x->err.message,
-           "%s: company=%s user=%s attempts=%d tokens=%lld ms=%lld proxy_request_id=%s",
+           "%s: company=%s user=%s attempts=%d tokens=%lld ms=%lld peer=%s proxy_request_id=%s",
            err_info(code)->name, company, user, x->attempts, (long long)usage->total_tokens,
-           (long long)ms, request->proxy_request_id);
+           (long long)ms, request->peer, request->proxy_request_id);
 }
 
 static void answer_success(struct extraction *x, const struct usage *usage,
@@ -412,7 +461,10 @@ static enum err_code answer_failure(struct extraction *x, enum err_code code, bo
         code = ERR_STORE_UNAVAILABLE;
     else if (code > ERR_METHOD_NOT_ALLOWED)
         code = ERR_INTERNAL;
-    bool ours = code == ERR_BAD_REQUEST || code == ERR_FILE_TOO_LARGE;
+    bool ours = code == ERR_BAD_REQUEST || code == ERR_FILE_TOO_LARGE ||
+                code == ERR_REQUEST_IN_PROGRESS || code == ERR_ALREADY_PROCESSED;
+    if (code == ERR_UNAUTHENTICATED)
+        response->authenticate = "Bearer realm=\"extract-fcgi\"";
     response_problem(response, x->request, code, ours ? x->err.message : NULL, x->retry_after_s,
                      spent);
     return code;

@@ -43,6 +43,8 @@ static const struct {
     [FLAG_UNTIL] =         {"until", "TIME", "older than this"},
     [FLAG_ROWS] =          {"rows", "N", "at most N rows (default 1000)"},
     [FLAG_UNSETTLED] =     {"unsettled", NULL, "only those whose outcome is unknown"},
+    [FLAG_ADMIN] =         {"admin", NULL, "an administrator's key, for no company"},
+    [FLAG_LABEL] =         {"label", "TEXT", "what the key is for, for people"},
     [FLAG_AFTER_INSTALL] = {"after-install", NULL, "also: an Active token, no errors in the last hour"},
 };
 /* clang-format on */
@@ -87,6 +89,19 @@ static const struct ctl_command commands[] = {
      .run = ctl_token_set_limit,
      .help = "change how much a token may use in all",
      .more = "A token that is Exceeded and has room again becomes Active."},
+    {.words = "client-key add",
+     .allowed = ALLOW(FLAG_COMPANY) | ALLOW(FLAG_ADMIN) | ALLOW(FLAG_LABEL),
+     .run = ctl_client_key_add,
+     .help = "make a key that opens the service to a company's front end; prints it, once",
+     .more = "Front ends send it as `Authorization: Bearer KEY`. Only its hash is kept."},
+    {.words = "client-key list",
+     .allowed = ALLOW(FLAG_COMPANY) | ALLOW(FLAG_ROWS),
+     .run = ctl_client_key_list,
+     .help = "list client keys, without the keys themselves"},
+    {.words = "client-key revoke",
+     .arguments = "ID",
+     .run = ctl_client_key_revoke,
+     .help = "end a client key; it is refused within 10 seconds"},
     {.words = "usage",
      .allowed = ALLOW(FLAG_COMPANY) | ALLOW(FLAG_BY) | PERIOD,
      .run = ctl_usage,
@@ -116,6 +131,12 @@ static const struct ctl_command commands[] = {
      .help = "check configuration, directories, store and Gemini",
      .more = "Changes nothing. Exit status 1 when a line says FAIL, 3 when the store does not "
              "answer."},
+    {.words = "seal",
+     .run = ctl_seal,
+     .help = "seal the API keys of all tokens by the first key of seal.key_file",
+     .more =
+         "Those that are plain and those that another key of the file has sealed. Exit status 1 "
+         "when some are\nsealed by a key that the file does not hold."},
     {.words = "migrate", .run = ctl_migrate, .help = "create or upgrade the schema"},
 };
 

@@ -154,6 +154,9 @@ static enum err_code open_app(struct app *app, struct err *err)
         log_set_sink(recorder_log, app->recorder);
     if ((app->share = share_new(most)) == NULL)
         return err_set(err, ERR_INTERNAL, "out of memory");
+    if (config->auth.mode == AUTH_BEARER &&
+        (app->auth = auth_open(config, app->store, err)) == NULL)
+        return err->code;
     return store_start_background(app->store, err);
 }
 
@@ -163,6 +166,7 @@ static void close_app(struct app *app)
         log_set_sink(NULL, NULL);
         recorder_stop(app->recorder, FLUSH_MS);
     }
+    auth_close(app->auth);
     store_close(app->store);
     gemini_free(app->gemini);
     invoice_schema_free(app->schema);

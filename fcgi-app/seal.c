@@ -75,11 +75,12 @@ static enum err_code read_keys(struct seal *seal, const char *path, struct err *
     FILE *f = fopen(path, "re");
 
     if (f == NULL || fstat(fileno(f), &st) != 0)
-        code = err_set(err, ERR_CONFIG, "seal.key_file: %s cannot be read: %s", path,
-                       strerror(errno));
+        code =
+            err_set(err, ERR_CONFIG, "seal.key_file: %s cannot be read: %s", path, strerror(errno));
     else if ((st.st_mode & (S_IROTH | S_IWOTH)) != 0)
-        code = err_set(err, ERR_CONFIG,
-                       "seal.key_file: %s is open to every user of this machine: chmod o= it", path);
+        code =
+            err_set(err, ERR_CONFIG,
+                    "seal.key_file: %s is open to every user of this machine: chmod o= it", path);
     else
         setvbuf(f, NULL, _IONBF, 0); /* no copy of the keys in a buffer that nobody wipes */
     for (int number = 1; code == ERR_NONE && fgets(line, sizeof line, f) != NULL; number++) {
@@ -100,7 +101,8 @@ struct seal *seal_open(const char *path, struct err *err)
     struct seal *seal = NULL;
 
     if (sodium_init() < 0 || (seal = sodium_malloc(sizeof *seal)) == NULL) {
-        err_set(err, ERR_INTERNAL, "seal.key_file: libsodium cannot be used here: no locked memory");
+        err_set(err, ERR_INTERNAL,
+                "seal.key_file: libsodium cannot be used here: no locked memory");
         return NULL;
     }
     memset(seal, 0, sizeof *seal);
@@ -158,10 +160,10 @@ enum err_code seal_seal(const struct seal *seal, int64_t token_id, const char *a
     if (seal_is_sealed(api_key))
         return err_set(err, ERR_BAD_VALUE, "the API key is sealed already");
     if (plain > SEAL_PLAIN_MAX)
-        return err_set(err, ERR_BAD_VALUE, "the API key is longer than %d bytes: no room to seal it",
-                       SEAL_PLAIN_MAX);
-    const size_t need = PREFIX_LEN + ID_LEN + 1 +
-                        sodium_base64_encoded_len(NONCE_SIZE + plain + TAG_SIZE, VARIANT);
+        return err_set(err, ERR_BAD_VALUE,
+                       "the API key is longer than %d bytes: no room to seal it", SEAL_PLAIN_MAX);
+    const size_t need =
+        PREFIX_LEN + ID_LEN + 1 + sodium_base64_encoded_len(NONCE_SIZE + plain + TAG_SIZE, VARIANT);
     if (size < need)
         return err_set(err, ERR_BAD_VALUE, "no room for the sealed API key");
     randombytes_buf(box, NONCE_SIZE);
@@ -185,9 +187,9 @@ static int open_box(const unsigned char *key, int64_t token_id, const char *text
 
     if (sodium_base642bin(box, sizeof box, text, strlen(text), NULL, &len, NULL, VARIANT) != 0 ||
         len < NONCE_SIZE + TAG_SIZE ||
-        crypto_aead_xchacha20poly1305_ietf_decrypt(
-            plain, &opened, NULL, box + NONCE_SIZE, len - NONCE_SIZE, (const unsigned char *)name,
-            name_len, box, key) != 0)
+        crypto_aead_xchacha20poly1305_ietf_decrypt(plain, &opened, NULL, box + NONCE_SIZE,
+                                                   len - NONCE_SIZE, (const unsigned char *)name,
+                                                   name_len, box, key) != 0)
         return -1;
     *plain_len = (size_t)opened;
     return 0;
@@ -213,9 +215,10 @@ enum err_code seal_unseal(const struct seal *seal, int64_t token_id, const char 
                        "the API key of token %lld is sealed, and no seal.key_file is configured",
                        (long long)token_id);
     else if ((i = find_key(seal, stored)) < 0)
-        code = err_set(err, ERR_INTERNAL,
-                       "the API key of token %lld is sealed by a key that seal.key_file does not hold",
-                       (long long)token_id);
+        code =
+            err_set(err, ERR_INTERNAL,
+                    "the API key of token %lld is sealed by a key that seal.key_file does not hold",
+                    (long long)token_id);
     else if (open_box(seal->keys[i].key, token_id, stored + PREFIX_LEN + ID_LEN + 1, plain, &len) !=
                  0 ||
              len >= size)

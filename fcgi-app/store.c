@@ -24,9 +24,12 @@
 #include "metrics.h"
 #include "notify.h"
 #include "outbox.h"
+#include "outbox_entry.h"
+#include "seal.h"
 #include "store_driver.h"
 
 #define DRAIN_EVERY_MS 3000
+#define DRAIN_PAUSE_MAX_MS 30000
 #define EXPIRE_EVERY_MS 60000
 #define OUTBOX_PATIENCE_MS 6000 /* of the background thread with the outbox's file */
 #define ALARM_MAX ((size_t)64 * 1024)
@@ -44,6 +47,7 @@ struct store {
     void *self;
     struct lane acquires, settlements;
     int64_t query_timeout_ms;
+    struct seal *seal; /* NULL: keys are not sealed */
     char *state_dir;
     pthread_mutex_t lock;  /* guards what follows */
     struct outbox *outbox; /* NULL until it is needed; then it stays */
@@ -51,6 +55,7 @@ struct store {
     bool has_thread;
     pthread_t thread;
     atomic_bool stopping;
+    atomic_bool answers; /* did it, when it was asked last? */
 };
 
 static const struct store_driver *const drivers[] = {
@@ -128,11 +133,13 @@ static void run_lane(void *context, void **items, size_t count)
     struct lane *lane = context;
     int64_t start_ms = clock_monotonic_ms();
 
-    if (may_be_one_of_many(carry(lane, items, count)) && count > 1) {
+    enum err_code code = carry(lane, items, count);
+    if (may_be_one_of_many(code) && count > 1) {
         /* One of them fails its neighbours, and nothing of the batch has happened: each alone. */
         for (size_t i = 0; i < count; i++)
             (void)carry(lane, &items[i], 1);
     }
+    atomic_store(&lane->store->answers, code != ERR_STORE_UNAVAILABLE);
     metrics_add(METRIC_STORE_BATCHES, 1);
     metrics_add(METRIC_STORE_ITEMS, (int64_t)count);
     metrics_add(METRIC_STORE_MS, clock_monotonic_ms() - start_ms);
@@ -167,6 +174,9 @@ struct store *store_open_with(const struct store_driver *driver, const struct co
     store->settlements = (struct lane){.carry = carry_settlements, .fail = fail_settlement};
     store->query_timeout_ms = config->store.query_timeout_ms;
     store->state_dir = strdup(config->server.state_dir);
+    if (config->seal.key_file[0] != '\0' &&
+        (store->seal = seal_open(config->seal.key_file, err)) == NULL)
+        goto failed;
     store->self = driver->open(config, false, err);
     if (store->self == NULL)
         goto failed;
@@ -224,6 +234,7 @@ void store_close(struct store *store)
         store->driver->close(store->self);
     pthread_cond_destroy(&store->wake);
     pthread_mutex_destroy(&store->lock);
+    seal_close(store->seal);
     free(store->state_dir);
     free(store);
 }
@@ -257,20 +268,75 @@ static enum err_code find_outbox(struct store *store, struct outbox **outbox, st
 
 /* ---- acquire ---- */
 
-enum err_code store_acquire(struct store *store, struct store_acquire *acquire, int64_t deadline_ms)
+enum err_code store_set_duplicate(struct err *err, bool first_is_done, const char *first_request_id)
+{
+    enum err_code code = first_is_done ? ERR_ALREADY_PROCESSED : ERR_REQUEST_IN_PROGRESS;
+    return err_set(err, code, "%s Its request_id is %s.", err_info(code)->detail, first_request_id);
+}
+
+/* An acquire has failed and may have reserved all the same: the outbox sees to it that this does not
+ * stay. Where it cannot, the reservation will expire and show as unsettled. */
+static void release_unheard(struct store *store, const struct store_acquire *a)
+{
+    struct err why = {.message = ""};
+    const struct store_settlement release = {
+        .request_id = a->request_id,
+        .company_id = a->company_id,
+        .branch = a->branch,
+        .requested_by = a->requested_by,
+        .token_source = "store",
+        .logged_ms = clock_wall_ms(),
+        .idempotency =
+            a->idempotency_key != NULL && a->sequence == 1 ? STORE_KEY_FREE : STORE_KEY_NONE,
+        .release_sequence = a->sequence,
+    };
+    struct outbox *outbox = need_outbox(store, &why);
+
+    if (outbox == NULL || outbox_append_settlement(outbox, &release, &why) != ERR_NONE)
+        log_warning(a->request_id, why.message,
+                    "a reservation whose outcome is unknown cannot be released by the outbox: it "
+                    "will show as unsettled");
+}
+
+/* Opens the key that was granted, in place. */
+static void unseal(struct store *store, struct store_acquire *a)
+{
+    if (a->code == ERR_NONE && a->grant == GRANT_TOKEN && a->token_id != 0 &&
+        seal_unseal(store->seal, a->token_id, a->api_key, a->api_key, sizeof a->api_key, &a->err) !=
+            ERR_NONE)
+        a->grant = GRANT_UNREADABLE;
+}
+
+/* The round trip, repeated once where its outcome is unknown: it is idempotent on (request_id,
+ * sequence). *maybe_reserved: it failed, and may have reserved all the same. */
+static void acquire_in_store(struct store *store, struct store_acquire *acquire,
+                             int64_t deadline_ms, bool *maybe_reserved)
 {
     bool in_time = true;
 
-    /* Repeated once where the outcome is unknown: it is idempotent on (request_id, sequence). */
+    *maybe_reserved = false;
     for (int tries = 0; tries < 2 && in_time; tries++) {
         void *item = acquire;
+        acquire->maybe_reserved = false;
         acquire->code = err_set(&acquire->err, ERR_STORE_UNAVAILABLE,
                                 "the store had no place before the deadline");
         in_time = batch_submit(store->acquires.batch, &item, 1, deadline_ms, NULL) == ERR_NONE &&
                   clock_monotonic_ms() < deadline_ms;
+        *maybe_reserved =
+            acquire->code != ERR_NONE && (*maybe_reserved || acquire->maybe_reserved);
         if (acquire->code != ERR_STORE_UNAVAILABLE)
             break;
     }
+}
+
+enum err_code store_acquire(struct store *store, struct store_acquire *acquire, int64_t deadline_ms)
+{
+    bool maybe_reserved;
+
+    acquire_in_store(store, acquire, deadline_ms, &maybe_reserved);
+    if (maybe_reserved)
+        release_unheard(store, acquire);
+    unseal(store, acquire);
     return acquire->code;
 }
 
@@ -280,8 +346,14 @@ enum err_code store_reserve_offline(struct store *store, const struct store_acqu
     struct err why = {.message = ""};
     struct outbox *outbox = need_outbox(store, &why);
 
-    if (outbox != NULL && outbox_append_reservation(outbox, acquire, &why) == ERR_NONE)
+    if (outbox != NULL)
+        why.code = outbox_append_reservation(outbox, acquire, &why);
+    if (outbox != NULL && why.code == ERR_NONE)
         return ERR_NONE;
+    if (why.code == ERR_REQUEST_IN_PROGRESS || why.code == ERR_ALREADY_PROCESSED) {
+        *err = why;
+        return why.code;
+    }
     log_error(acquire->request_id, why.message, "the outbox does not take a reservation");
     return err_set(err, ERR_STORAGE_FULL, "%s", err_info(ERR_STORAGE_FULL)->detail);
 }
@@ -295,7 +367,7 @@ static void raise_alarm(struct store_settlement *s, const char *store_says, cons
 
     buf_init(&line, ALARM_MAX);
     buf_append_str(&line, "{\"unsettled\": ");
-    outbox_write_settlement(&line, s);
+    entry_write_settlement(&line, s);
     buf_append_str(&line, "}\n");
     while (buf_ok(&line) && write(STDERR_FILENO, line.data, line.len) < 0 && errno == EINTR)
         ;
@@ -431,10 +503,21 @@ static enum err_code replay_reservation(void *context, struct store_acquire *acq
                                         struct err *err)
 {
     struct store *store = context;
+    bool maybe_reserved; /* it will be replayed again */
 
-    if (store_acquire(store, acquire, clock_monotonic_ms() + store->query_timeout_ms) == ERR_NONE)
-        return ERR_NONE;
-    return err_set(err, acquire->code, "%s", acquire->err.message);
+    acquire_in_store(store, acquire, clock_monotonic_ms() + store->query_timeout_ms,
+                     &maybe_reserved);
+    return acquire->code == ERR_NONE ? ERR_NONE
+                                     : err_set(err, acquire->code, "%s", acquire->err.message);
+}
+
+static enum err_code replay_records(void *context, struct log_entry *const *entries,
+                                    size_t entry_count,
+                                    const struct store_retry_attempt *const *attempts,
+                                    size_t attempt_count, struct err *err)
+{
+    struct store *store = context;
+    return store_record(store, entries, entry_count, attempts, attempt_count, true, err);
 }
 
 /* Until the next one: a settlement of the outbox that is repeated, each time with a login. */
@@ -453,7 +536,11 @@ static bool go_on(void *context)
 
 enum err_code store_outbox_drain(struct store *store, int64_t *replayed, struct err *err)
 {
-    struct outbox_replay replay = {replay_settlement, replay_reservation, go_on, store};
+    const struct outbox_replay replay = {.settle = replay_settlement,
+                                         .reserve = replay_reservation,
+                                         .record = replay_records,
+                                         .go_on = go_on,
+                                         .context = store};
     struct outbox *outbox = NULL;
     enum err_code code = find_outbox(store, &outbox, err);
 
@@ -461,6 +548,22 @@ enum err_code store_outbox_drain(struct store *store, int64_t *replayed, struct 
     if (code != ERR_NONE || outbox == NULL)
         return code;
     return outbox_drain(outbox, &replay, replayed, err);
+}
+
+enum err_code store_record_offline(struct store *store, struct log_entry *const *entries,
+                                   size_t entry_count,
+                                   const struct store_retry_attempt *const *attempts,
+                                   size_t attempt_count, struct err *err)
+{
+    struct outbox *outbox = need_outbox(store, err);
+    int64_t dropped = 0;
+
+    if (outbox == NULL)
+        return err->code;
+    enum err_code code =
+        outbox_append_records(outbox, entries, entry_count, attempts, attempt_count, &dropped, err);
+    metrics_add(METRIC_LOG_DROPPED, dropped);
+    return code;
 }
 
 enum err_code store_outbox_status(struct store *store, struct store_outbox_status *status,
@@ -475,6 +578,20 @@ enum err_code store_outbox_status(struct store *store, struct store_outbox_statu
     return outbox_status(outbox, status, err);
 }
 
+enum err_code store_outbox_look(const struct config *config, struct store_outbox_status *status,
+                                struct err *err)
+{
+    *status = (struct store_outbox_status){0};
+    if (!outbox_exists(config->server.state_dir))
+        return ERR_NONE;
+    struct outbox *outbox = outbox_open(config->server.state_dir, err);
+    if (outbox == NULL)
+        return err->code;
+    enum err_code code = outbox_status(outbox, status, err);
+    outbox_close(outbox);
+    return code;
+}
+
 /* ---- in the background ---- */
 
 /* Says what failed when it begins to fail, not every few seconds. An absent store is said by those
@@ -486,15 +603,29 @@ static void report(enum err_code *last, const struct err *err, const char *what)
     *last = err->code;
 }
 
-static void drain(struct store *store, enum err_code *last)
+/* The drain that is done every few seconds; ever more seldom while it finds the store away. */
+struct drainer {
+    enum err_code last;
+    int64_t pause_ms;
+    int64_t next_ms; /* monotonic */
+};
+
+static void drain(struct store *store, struct drainer *d)
 {
     struct err err = {.message = ""};
     int64_t replayed = 0;
 
+    if (clock_monotonic_ms() < d->next_ms && !atomic_exchange(&store->answers, false))
+        return;
     err.code = store_outbox_drain(store, &replayed, &err);
     if (replayed > 0)
         log_info(NULL, "%lld entries of the outbox have reached the store", (long long)replayed);
-    report(last, &err, "the outbox cannot be replayed");
+    report(&d->last, &err, "the outbox cannot be replayed");
+    if (err.code != ERR_STORE_UNAVAILABLE)
+        d->pause_ms = 0;
+    else if (d->pause_ms < DRAIN_PAUSE_MAX_MS)
+        d->pause_ms = 2 * d->pause_ms + DRAIN_EVERY_MS;
+    d->next_ms = clock_monotonic_ms() + d->pause_ms;
 }
 
 static void expire(struct store *store, enum err_code *last)
@@ -511,12 +642,13 @@ static void expire(struct store *store, enum err_code *last)
 static void *run_background(void *arg)
 {
     struct store *store = arg;
-    enum err_code last_drain = ERR_NONE, last_expiry = ERR_NONE;
+    struct drainer drainer = {.last = ERR_NONE};
+    enum err_code last_expiry = ERR_NONE;
     int64_t next_expiry_ms = clock_monotonic_ms();
 
     while (!atomic_load(&store->stopping)) {
         beat(store);
-        drain(store, &last_drain);
+        drain(store, &drainer);
         beat(store);
         if (clock_monotonic_ms() >= next_expiry_ms) {
             expire(store, &last_expiry);
@@ -559,9 +691,10 @@ enum err_code store_ping(struct store *store, struct err *err)
 
 enum err_code store_record(struct store *store, struct log_entry *const *entries,
                            size_t entry_count, const struct store_retry_attempt *const *attempts,
-                           size_t attempt_count, struct err *err)
+                           size_t attempt_count, bool again, struct err *err)
 {
-    return store->driver->record(store->self, entries, entry_count, attempts, attempt_count, err);
+    return store->driver->record(store->self, entries, entry_count, attempts, attempt_count, again,
+                                 err);
 }
 
 enum err_code store_expire_reservations(struct store *store, int *expired, struct err *err)
@@ -570,11 +703,22 @@ enum err_code store_expire_reservations(struct store *store, int *expired, struc
     return store->driver->expire_reservations(store->self, expired, err);
 }
 
+static enum err_code seal_new_key(void *context, int64_t token_id, const char *api_key,
+                                  char out[STORE_API_KEY_SIZE], struct err *err)
+{
+    return seal_seal(context, token_id, api_key, out, STORE_API_KEY_SIZE, err);
+}
+
 enum err_code store_token_add(struct store *store, const char *actor,
                               const struct store_new_token *token, int64_t *token_id,
                               struct err *err)
 {
-    return store->driver->token_add(store->self, actor, token, token_id, err);
+    const struct store_sealer sealer = {.seal = seal_new_key, .context = store->seal};
+    struct store_new_token sealed = *token;
+
+    if (store->seal != NULL)
+        sealed.sealer = &sealer;
+    return store->driver->token_add(store->self, actor, &sealed, token_id, err);
 }
 
 enum err_code store_token_set_status(struct store *store, const char *actor, int64_t token_id,
@@ -586,13 +730,147 @@ enum err_code store_token_set_status(struct store *store, const char *actor, int
 enum err_code store_token_set_key(struct store *store, const char *actor, int64_t token_id,
                                   const char *api_key, struct err *err)
 {
-    return store->driver->token_set_key(store->self, actor, token_id, api_key, err);
+    char sealed[STORE_API_KEY_SIZE];
+
+    if (store->seal == NULL)
+        return store->driver->token_set_key(store->self, actor, token_id, api_key, err);
+    if (seal_seal(store->seal, token_id, api_key, sealed, sizeof sealed, err) != ERR_NONE)
+        return err->code;
+    return store->driver->token_set_key(store->self, actor, token_id, sealed, err);
+}
+
+/* Without what a key pasted by hand often brings, as acquire takes it. */
+static void trim(char *key)
+{
+    size_t begin = 0, end = strlen(key);
+
+    while (end > 0 && (unsigned char)key[end - 1] <= ' ')
+        end--;
+    while (begin < end && (unsigned char)key[begin] <= ' ')
+        begin++;
+    memmove(key, key + begin, end - begin);
+    key[end - begin] = '\0';
+}
+
+/* Calls look with each token's key, until it does not return ERR_NONE. */
+static enum err_code each_key(struct store *store,
+                              enum err_code (*look)(struct store *store,
+                                                    const struct store_token_key *key,
+                                                    void *context, struct err *err),
+                              void *context, struct err *err)
+{
+    struct store_token_key keys[16];
+    size_t count = 0;
+    int64_t after_id = 0;
+    enum err_code code = ERR_NONE;
+
+    do {
+        code = store->driver->token_keys(store->self, after_id, keys, sizeof keys / sizeof keys[0],
+                                         &count, err);
+        for (size_t i = 0; code == ERR_NONE && i < count; i++) {
+            code = look(store, &keys[i], context, err);
+            after_id = keys[i].token_id;
+        }
+        explicit_bzero(keys, sizeof keys);
+    } while (code == ERR_NONE && count > 0);
+    return code;
+}
+
+struct resealing {
+    const char *actor;
+    int *sealed, *unreadable;
+};
+
+/* Seals one key anew, unless it is sealed by the key of now. */
+static enum err_code reseal(struct store *store, const struct store_token_key *key, void *context,
+                            struct err *err)
+{
+    const struct resealing *r = context;
+    char plain[STORE_API_KEY_SIZE], sealed[STORE_API_KEY_SIZE];
+
+    if (seal_is_current(store->seal, key->api_key))
+        return ERR_NONE;
+    if (seal_unseal(store->seal, key->token_id, key->api_key, plain, sizeof plain, err) !=
+        ERR_NONE) {
+        ++*r->unreadable;
+        return ERR_NONE;
+    }
+    trim(plain);
+    if (plain[0] == '\0')
+        return ERR_NONE;
+    enum err_code code = seal_seal(store->seal, key->token_id, plain, sealed, sizeof sealed, err);
+    explicit_bzero(plain, sizeof plain);
+    if (code == ERR_NONE)
+        code = store->driver->token_reseal(store->self, r->actor, key, sealed, err);
+    *r->sealed += code == ERR_NONE;
+    return code == ERR_NO_SUCH_ROW ? ERR_NONE : code; /* changed by another meanwhile */
+}
+
+enum err_code store_seal_keys(struct store *store, const char *actor, int *sealed, int *unreadable,
+                              struct err *err)
+{
+    struct resealing r = {.actor = actor, .sealed = sealed, .unreadable = unreadable};
+
+    *sealed = *unreadable = 0;
+    if (store->seal == NULL)
+        return err_set(err, ERR_CONFIG,
+                       "seal.key_file is not configured: there is no key to seal by");
+    return each_key(store, reseal, &r, err);
+}
+
+struct key_check {
+    store_key_row *row;
+    void *context;
+};
+
+static enum err_code check_key(struct store *store, const struct store_token_key *key,
+                               void *context, struct err *err)
+{
+    const struct key_check *check = context;
+    char plain[STORE_API_KEY_SIZE];
+    struct err why = {.message = ""};
+    const char *fault = NULL;
+
+    (void)err;
+    if (!seal_is_sealed(key->api_key))
+        fault = "";
+    else if (seal_unseal(store->seal, key->token_id, key->api_key, plain, sizeof plain, &why) !=
+             ERR_NONE)
+        fault = why.message;
+    explicit_bzero(plain, sizeof plain);
+    check->row(check->context, key->token_id, fault);
+    return ERR_NONE;
+}
+
+enum err_code store_check_keys(struct store *store, store_key_row *row, void *context,
+                               struct err *err)
+{
+    struct key_check check = {.row = row, .context = context};
+    return each_key(store, check_key, &check, err);
 }
 
 enum err_code store_token_set_limit(struct store *store, const char *actor, int64_t token_id,
                                     int64_t limit, double threshold, struct err *err)
 {
     return store->driver->token_set_limit(store->self, actor, token_id, limit, threshold, err);
+}
+
+enum err_code store_client_key_find(struct store *store, const char *hash,
+                                    struct store_client_key *key, struct err *err)
+{
+    return store->driver->client_key_find(store->self, hash, key, err);
+}
+
+enum err_code store_client_key_add(struct store *store, const char *actor,
+                                   const struct store_new_client_key *key, struct err *err)
+{
+    return store->driver->client_key_add(store->self, actor, key, err);
+}
+
+enum err_code store_client_key_revoke(struct store *store, const char *actor, const char *id,
+                                      struct err *err)
+{
+    return store->driver->client_key_revoke(store->self, actor, id, err);
 }
 
 enum err_code store_query(struct store *store, enum store_view view,

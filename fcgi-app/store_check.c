@@ -65,6 +65,9 @@ static const char *acquire_fault(const struct store_acquire *a)
         return "expires_ms must be 0 to 366 days";
     if (a->previous_token_id < 0)
         return "previous_token_id must not be negative";
+    if (a->idempotency_key != NULL &&
+        !store_text_fits(a->idempotency_key, 1, STORE_IDEMPOTENCY_MAX))
+        return "idempotency_key must have 1 to 128 bytes";
     return cooldown_fault(&a->previous);
 }
 
@@ -102,6 +105,8 @@ static const char *settlement_fault(const struct store_settlement *s)
         return "duration_ms must not be negative";
     if (s->logged_ms < 0 || s->logged_ms > WALL_MAX)
         return "logged_ms is no time";
+    if (s->release_sequence < 0)
+        return "release_sequence must not be negative";
     return cooldown_fault(&s->fault);
 }
 
@@ -120,6 +125,9 @@ void store_clear_acquire(struct store_acquire *a)
     a->grant = GRANT_NO_TOKEN;
     a->token_id = 0;
     a->first_usable_ms = 0;
+    a->first_request_id[0] = '\0';
+    a->first_is_done = false;
+    a->maybe_reserved = false;
     a->busy_too = false;
     a->disabling_stopped = false;
     explicit_bzero(a->api_key, sizeof a->api_key);
@@ -248,6 +256,43 @@ enum err_code store_check_status(const char *actor, const char **status, const c
     return ERR_NONE;
 }
 
+/* ---- client keys ---- */
+
+static bool is_hexadecimal(const char *s, size_t len)
+{
+    return strlen(s) == len && strspn(s, "0123456789abcdef") == len;
+}
+
+static enum err_code check_client_key_id(const char *id, struct err *err)
+{
+    size_t len = strlen(id);
+
+    return len > 0 && len < STORE_CLIENT_KEY_ID_SIZE && is_hexadecimal(id, len)
+               ? ERR_NONE
+               : err_set(err, ERR_BAD_VALUE,
+                         "a client key's ID is 1 to 32 hexadecimal digits, as `client-key list` "
+                         "shows it");
+}
+
+enum err_code store_check_new_client_key(const char *actor, const struct store_new_client_key *key,
+                                         struct err *err)
+{
+    if (check_actor(actor, err) != ERR_NONE || check_client_key_id(key->id, err) != ERR_NONE ||
+        (key->company_id != NULL && check_name("CompanyID", key->company_id, 1, err) != ERR_NONE) ||
+        check_name("the label", key->label, 0, err) != ERR_NONE)
+        return err->code;
+    if (!is_hexadecimal(key->hash, STORE_HASH_SIZE - 1))
+        return err_set(err, ERR_BAD_VALUE, "a client key's hash must be SHA-256 in hexadecimal");
+    return ERR_NONE;
+}
+
+enum err_code store_check_client_key_id(const char *actor, const char *id, struct err *err)
+{
+    if (check_actor(actor, err) != ERR_NONE)
+        return err->code;
+    return check_client_key_id(id, err);
+}
+
 /* ---- queries ---- */
 
 enum { BY_COMPANY = 1, BY_REQUEST = 2, BY_TIME = 4, BY_ID = 8, BY_ALL = 15 };
@@ -265,6 +310,7 @@ static const unsigned filters[] = {
     [VIEW_RESERVATIONS] = BY_ALL,
     [VIEW_UNSETTLED] = BY_ALL,
     [VIEW_TOKENS_BY_STATUS] = BY_COMPANY,
+    [VIEW_CLIENT_KEYS] = BY_COMPANY | BY_TIME,
     [VIEW_AUDIT] = BY_ALL,
 };
 

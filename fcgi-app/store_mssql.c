@@ -136,7 +136,7 @@ static void add_attempt(struct buf *json, const struct store_retry_attempt *a)
 static enum err_code store_mssql_record(void *self, struct log_entry *const *entries,
                                         size_t entry_count,
                                         const struct store_retry_attempt *const *attempts,
-                                        size_t attempt_count, struct err *err)
+                                        size_t attempt_count, bool again, struct err *err)
 {
     struct buf entry_json, attempt_json;
     enum err_code code = ERR_NONE;
@@ -158,9 +158,10 @@ static enum err_code store_mssql_record(void *self, struct log_entry *const *ent
     } else {
         const struct mssql_call call = {
             .procedure = "dbo.usp_RecordLogs",
-            .once = true,
+            .once = !again,
             MSSQL_PARAMS(mssql_text("@Entries", buf_str(&entry_json)),
-                         mssql_text("@Attempts", buf_str(&attempt_json)))};
+                         mssql_text("@Attempts", buf_str(&attempt_json)),
+                         mssql_int("@Again", again))};
         code = mssql_call(self, &call, err);
     }
     buf_reset(&entry_json);
@@ -201,6 +202,11 @@ const struct store_driver store_mssql = {
     .token_add = mssql_token_add,
     .token_set_status = mssql_token_set_status,
     .token_set_key = mssql_token_set_key,
+    .token_keys = mssql_token_keys,
+    .token_reseal = mssql_token_reseal,
     .token_set_limit = mssql_token_set_limit,
+    .client_key_find = mssql_client_key_find,
+    .client_key_add = mssql_client_key_add,
+    .client_key_revoke = mssql_client_key_revoke,
     .query = mssql_query,
 };

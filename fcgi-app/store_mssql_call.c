@@ -1,5 +1,6 @@
-/* store_mssql_call.c - a call of a procedure on SQL Server, on whichever connection is free, repeated
- * where that can help; and what SQL Server's errors mean here. See store_mssql.h.
+/* store_mssql_call.c - a call of a procedure on SQL Server, or a transaction of some, on whichever
+ * connection is free, repeated where that can help; and what SQL Server's errors mean here. See
+ * store_mssql.h.
  *
  * All that is known of error numbers stands in one table: the code that an error becomes, whether a
  * repeat can help, and what it means in words that hold no data. A new number is a new row.
@@ -344,12 +345,18 @@ enum err_code mssql_explain_opening(const struct store_mssql *store,
 
 /* ---- calling ---- */
 
+/* Is it unknown whether it happened? What an error of the server ended, on a connection that goes on,
+ * was taken back (XACT_ABORT). */
+static bool is_unknown(const struct mssql_failure *failure)
+{
+    return failure->must_drop && !failure->at_login;
+}
+
 static enum retry retry_of(const struct mssql_call *call, const struct mssql_failure *failure)
 {
-    bool has_perhaps_happened = failure->must_drop && !failure->at_login;
     const struct known_error *error;
 
-    if ((call->row_once && failure->has_rows) || (call->once && has_perhaps_happened))
+    if ((call->row_once && failure->has_rows) || (call->once && is_unknown(failure)))
         return RETRY_NEVER;
     if (failure->cause == MSSQL_BROKEN)
         return RETRY_AT_ONCE;
@@ -382,30 +389,53 @@ static bool call_once(struct store_mssql *store, const struct mssql_call *call, 
     return ok;
 }
 
+/* The repeats of something, until the time is over. */
+struct repeats {
+    int64_t deadline_ms;
+    int64_t pause_ms;
+    int at_once;
+    int broken;
+};
+
+static struct repeats begin_repeats(const struct store_mssql *store)
+{
+    return (struct repeats){.deadline_ms = clock_monotonic_ms() + store->timeout_ms,
+                            .pause_ms = PAUSE_MIN_MS};
+}
+
+/* Is there another try? Pauses where there is to be a pause before it. */
+static bool is_repeated(struct repeats *r, enum retry retry, const struct mssql_failure *failure)
+{
+    int64_t now_ms = clock_monotonic_ms();
+
+    if (retry == RETRY_NEVER || now_ms >= r->deadline_ms)
+        return false;
+    r->broken += failure->cause == MSSQL_BROKEN;
+    if (r->broken > 1 || (retry == RETRY_AT_ONCE && ++r->at_once > AT_ONCE_MAX))
+        return false;
+    if (retry == RETRY_LATER) {
+        if (now_ms + r->pause_ms >= r->deadline_ms)
+            return false;
+        clock_sleep_until(now_ms + r->pause_ms);
+        r->pause_ms = 2 * r->pause_ms < PAUSE_MAX_MS ? 2 * r->pause_ms : PAUSE_MAX_MS;
+    }
+    return true;
+}
+
 bool mssql_try(struct store_mssql *store, const struct mssql_call *call,
                struct mssql_failure *failure)
 {
-    int64_t deadline_ms = clock_monotonic_ms() + store->timeout_ms;
-    int64_t pause_ms = PAUSE_MIN_MS;
-    int at_once = 0;
-    int broken = 0;
+    struct repeats repeats = begin_repeats(store);
+    bool perhaps_happened = false;
+    bool ok;
 
-    while (!call_once(store, call, deadline_ms, failure)) {
-        enum retry retry = retry_of(call, failure);
-        int64_t now_ms = clock_monotonic_ms();
-        if (retry == RETRY_NEVER || now_ms >= deadline_ms)
-            return false;
-        broken += failure->cause == MSSQL_BROKEN;
-        if (broken > 1 || (retry == RETRY_AT_ONCE && ++at_once > AT_ONCE_MAX))
-            return false;
-        if (retry == RETRY_LATER) {
-            if (now_ms + pause_ms >= deadline_ms)
-                return false;
-            clock_sleep_until(now_ms + pause_ms);
-            pause_ms = 2 * pause_ms < PAUSE_MAX_MS ? 2 * pause_ms : PAUSE_MAX_MS;
-        }
-    }
-    return true;
+    do {
+        ok = call_once(store, call, repeats.deadline_ms, failure);
+        perhaps_happened = !ok && (perhaps_happened || is_unknown(failure));
+    } while (!ok && is_repeated(&repeats, retry_of(call, failure), failure));
+    if (call->perhaps_happened != NULL)
+        *call->perhaps_happened = perhaps_happened;
+    return ok;
 }
 
 enum err_code mssql_call(struct store_mssql *store, const struct mssql_call *call, struct err *err)
@@ -413,4 +443,47 @@ enum err_code mssql_call(struct store_mssql *store, const struct mssql_call *cal
     struct mssql_failure failure;
 
     return mssql_try(store, call, &failure) ? ERR_NONE : mssql_explain(store, &failure, err);
+}
+
+/* ---- transactions ---- */
+
+/* Where it is not committed the connection is closed, and with it the transaction is over, whatever
+ * became of it. */
+static bool transact_once(struct store_mssql *store, mssql_steps_run *run, void *context,
+                          int64_t deadline_ms, bool *committing, struct mssql_failure *failure)
+{
+    struct mssql_failure ignored;
+    struct mssql_conn *conn = NULL;
+    enum mssql_steps steps = MSSQL_FAILED;
+
+    *committing = false;
+    *failure = (struct mssql_failure){.cause = MSSQL_LOCAL};
+    if (!mssql_pool_take(store->pool, deadline_ms, &conn, failure))
+        return false;
+    if (mssql_batch(conn, "BEGIN TRANSACTION", deadline_ms, failure))
+        steps = run(conn, context, deadline_ms, failure);
+    *committing = steps == MSSQL_COMMIT;
+    if (*committing && mssql_batch(conn, "COMMIT TRANSACTION", deadline_ms, failure)) {
+        mssql_pool_give(store->pool, conn);
+        return true;
+    }
+    if (steps == MSSQL_ROLL_BACK) /* so that its locks are gone before the caller goes on */
+        (void)!mssql_batch(conn, "ROLLBACK TRANSACTION", deadline_ms, &ignored);
+    mssql_pool_drop(store->pool, conn, failure->cause == MSSQL_BROKEN);
+    return steps == MSSQL_ROLL_BACK;
+}
+
+enum err_code mssql_transact(struct store_mssql *store, mssql_steps_run *run, void *context,
+                             struct err *err)
+{
+    static const struct mssql_call any = {.procedure = NULL};
+    struct repeats repeats = begin_repeats(store);
+    struct mssql_failure failure;
+    bool committing, ok;
+
+    do {
+        ok = transact_once(store, run, context, repeats.deadline_ms, &committing, &failure);
+    } while (!ok && !(committing && is_unknown(&failure)) &&
+             is_repeated(&repeats, retry_of(&any, &failure), &failure));
+    return ok ? ERR_NONE : mssql_explain(store, &failure, err);
 }

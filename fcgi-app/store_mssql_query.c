@@ -22,6 +22,7 @@ static const struct view {
     [VIEW_RESERVATIONS] = {"dbo.usp_ListReservations", NULL, "@UnsettledOnly", 0},
     [VIEW_UNSETTLED] = {"dbo.usp_ListReservations", NULL, "@UnsettledOnly", 1},
     [VIEW_TOKENS_BY_STATUS] = {"dbo.usp_CountTokens", NULL, NULL, 0},
+    [VIEW_CLIENT_KEYS] = {"dbo.usp_ListClientKeys", NULL, NULL, 0},
     [VIEW_AUDIT] = {"dbo.usp_ListAudit", NULL, NULL, 0},
 };
 

@@ -109,13 +109,16 @@ static enum err_code expect_row(struct err *err)
     return err_set(err, ERR_INTERNAL, "the procedure has left this item out");
 }
 
+/* *perhaps_happened: it failed, and may have happened all the same. */
 static enum err_code send_batch(struct store_mssql *store, const struct kind *kind,
-                                const void *items, size_t count, struct err *err)
+                                const void *items, size_t count, bool *perhaps_happened,
+                                struct err *err)
 {
     struct sent sent = {items, count};
     struct buf json;
     enum err_code code = ERR_NONE;
 
+    *perhaps_happened = false;
     buf_init(&json, ITEMS_MAX);
     for (size_t i = 0; i < count; i++)
         kind->add(&json, items, i);
@@ -126,6 +129,7 @@ static enum err_code send_batch(struct store_mssql *store, const struct kind *ki
         const struct mssql_call call = {.procedure = kind->procedure,
                                         .row = kind->take,
                                         .context = &sent,
+                                        .perhaps_happened = perhaps_happened,
                                         MSSQL_PARAMS(mssql_text("@Items", buf_str(&json)))};
         code = mssql_call(store, &call, err);
     }
@@ -156,6 +160,7 @@ static void add_acquire(struct buf *json, const void *items, size_t i)
     add_int(json, "previousSpent", a->previous_spent);
     add_int(json, "fallbackIfNone", a->fallback_if_none);
     add_int(json, "fallbackOnly", a->fallback_only);
+    add_text(json, "idempotencyKey", a->idempotency_key);
     buf_append_str(json, ",\"excluded\":[");
     for (size_t n = 0; n < a->excluded_count; n++)
         buf_printf(json, "%s{\"t\":%lld,\"f\":%d}", n > 0 ? "," : "",
@@ -167,9 +172,10 @@ static void add_acquire(struct buf *json, const void *items, size_t i)
 static bool read_grant(const char *word, enum store_grant *grant)
 {
     static const char *const words[] = {
-        [GRANT_TOKEN] = "token",     [GRANT_NO_TOKEN] = "no_token",
-        [GRANT_EXPIRED] = "expired", [GRANT_UNAVAILABLE] = "unavailable",
-        [GRANT_COOLING] = "cooling", [GRANT_BUSY] = "busy",
+        [GRANT_TOKEN] = "token",         [GRANT_NO_TOKEN] = "no_token",
+        [GRANT_EXPIRED] = "expired",     [GRANT_UNAVAILABLE] = "unavailable",
+        [GRANT_COOLING] = "cooling",     [GRANT_BUSY] = "busy",
+        [GRANT_DUPLICATE] = "duplicate",
     };
 
     for (size_t i = 0; word != NULL && i < sizeof words / sizeof words[0]; i++) {
@@ -194,11 +200,13 @@ static bool copy_text(char *out, size_t size, const char *text)
     return true;
 }
 
-/* i, Code, Message, Grant, TokenID, ApiKey, CompanyID, FirstUsableMs, BusyToo, DisablingStopped */
+/* i, Code, Message, Grant, TokenID, ApiKey, CompanyID, FirstUsableMs, BusyToo, DisablingStopped,
+ * FirstRequestID, FirstIsDone */
 static enum err_code read_acquired(struct store_acquire *a, const struct store_value *values,
                                    size_t columns, struct err *err)
 {
     const char *api_key = mssql_column_text(values, columns, 5);
+    const char *first = mssql_column_text(values, columns, 10);
 
     if (read_code(values, columns, err) != ERR_NONE)
         return err->code;
@@ -208,6 +216,8 @@ static enum err_code read_acquired(struct store_acquire *a, const struct store_v
     a->first_usable_ms = mssql_column_int(values, columns, 7);
     a->busy_too = mssql_column_int(values, columns, 8) != 0;
     a->disabling_stopped = mssql_column_int(values, columns, 9) != 0;
+    snprintf(a->first_request_id, sizeof a->first_request_id, "%s", first != NULL ? first : "");
+    a->first_is_done = mssql_column_int(values, columns, 11) != 0;
     if (!copy_text(a->company_id_stored, sizeof a->company_id_stored,
                    mssql_column_text(values, columns, 6)) ||
         !copy_text(a->api_key, sizeof a->api_key, api_key) ||
@@ -239,12 +249,16 @@ enum err_code mssql_acquire(void *self, struct store_acquire *const *items, size
                             struct err *err)
 {
     static const struct kind acquires = {"dbo.usp_AcquireTokens", add_acquire, take_acquired};
+    bool perhaps_happened = false;
     enum err_code code = ERR_NONE;
 
     if (store_admit_acquires(items, count) > 0)
-        code = send_batch(self, &acquires, items, count, err);
-    if (code != ERR_NONE)
-        store_fail_acquires(items, count, err);
+        code = send_batch(self, &acquires, items, count, &perhaps_happened, err);
+    if (code == ERR_NONE)
+        return ERR_NONE;
+    store_fail_acquires(items, count, err);
+    for (size_t i = 0; i < count; i++)
+        items[i]->maybe_reserved = perhaps_happened && items[i]->code != ERR_BAD_VALUE;
     return code;
 }
 
@@ -281,6 +295,8 @@ static void add_settlement(struct buf *json, const void *items, size_t i)
     add_int(json, "unknownCalls", s->unknown_calls);
     add_int(json, "durationMs", s->duration_ms);
     add_text(json, "loggedAt", logged);
+    add_int(json, "idempotency", s->idempotency);
+    add_int(json, "releaseSequence", s->release_sequence);
     add_fault(json, &s->fault);
     end_item(json);
 }
@@ -311,10 +327,11 @@ enum err_code mssql_settle(void *self, struct store_settlement *const *items, si
                            struct err *err)
 {
     static const struct kind settlements = {"dbo.usp_SettleUsage", add_settlement, take_settled};
+    bool perhaps_happened;
     enum err_code code = ERR_NONE;
 
     if (store_admit_settlements(items, count) > 0)
-        code = send_batch(self, &settlements, items, count, err);
+        code = send_batch(self, &settlements, items, count, &perhaps_happened, err);
     if (code != ERR_NONE)
         store_fail_settlements(items, count, err);
     return code;

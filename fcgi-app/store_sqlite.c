@@ -18,7 +18,7 @@
 #include "embed.h"
 
 /* What sql/setup_sqlite.sql sets up. */
-#define SCHEMA_VERSION 2
+#define SCHEMA_VERSION 3
 #define SCHEMA_MAJOR 1
 #define RETRY_PAUSE_MS 10
 #define PING_TIMEOUT_MS 1000
@@ -288,41 +288,48 @@ static enum err_code store_sqlite_ping(void *self, struct err *err)
 
 /* ---- log entries and retry attempts ---- */
 
-static enum err_code insert_entry(struct sqlite_tx *tx, const struct log_entry *e, struct err *err)
+/* again: unless it is there already. */
+static enum err_code insert_entry(struct sqlite_tx *tx, const struct log_entry *e, bool again,
+                                  struct err *err)
 {
     static const char sql[] =
         "INSERT INTO ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module,"
         " FunctionName, LineNumber, RequestID, Host)"
-        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)";
+        " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10"
+        " WHERE ?11 = 0 OR NOT EXISTS (SELECT 1 FROM ApplicationLogs"
+        "     WHERE Timestamp = ?1 AND Message = ?4 AND Module = ?6 AND LineNumber = ?8"
+        "       AND RequestID IS ?9 AND Host = ?10)";
     char when[CLOCK_TEXT_SIZE];
 
     clock_format(e->wall_ms, when);
     return SQLITE_RUN(tx->db, NULL, err, sql, sql_text(when), sql_text(log_level_name(e->level)),
                       sql_text(e->logger), sql_text(e->message), sql_text(e->exception),
                       sql_text(e->module), sql_text(e->function), sql_int(e->line),
-                      sql_text(e->request_id), sql_text(log_host()));
+                      sql_text(e->request_id), sql_text(log_host()), sql_int(again));
 }
 
 static enum err_code insert_attempt(struct sqlite_tx *tx, const struct store_retry_attempt *a,
-                                    struct err *err)
+                                    bool again, struct err *err)
 {
     static const char sql[] =
         "INSERT INTO RetryAttempts (TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable,"
         " Timestamp, RequestID, StatusCode, DelayMs)"
-        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)";
+        " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9"
+        " WHERE ?10 = 0 OR NOT EXISTS (SELECT 1 FROM RetryAttempts"
+        "     WHERE Timestamp = ?6 AND RequestID = ?7 AND Attempt = ?3)";
     char when[CLOCK_TEXT_SIZE];
 
     clock_format(a->wall_ms, when);
     return SQLITE_RUN(tx->db, NULL, err, sql, sql_id(a->token_id), sql_text(a->company_id),
                       sql_int(a->attempt), sql_text(a->error_message), sql_int(a->is_retryable),
                       sql_text(when), sql_text(a->request_id), sql_id(a->status_code),
-                      sql_int(a->delay_ms));
+                      sql_int(a->delay_ms), sql_int(again));
 }
 
 static enum err_code store_sqlite_record(void *self, struct log_entry *const *entries,
                                          size_t entry_count,
                                          const struct store_retry_attempt *const *attempts,
-                                         size_t attempt_count, struct err *err)
+                                         size_t attempt_count, bool again, struct err *err)
 {
     struct store_sqlite *store = self;
     struct sqlite_tx tx;
@@ -334,9 +341,9 @@ static enum err_code store_sqlite_record(void *self, struct log_entry *const *en
     if (code != ERR_NONE)
         return code;
     for (size_t i = 0; i < entry_count && code == ERR_NONE; i++)
-        code = insert_entry(&tx, entries[i], err);
+        code = insert_entry(&tx, entries[i], again, err);
     for (size_t i = 0; i < attempt_count && code == ERR_NONE; i++)
-        code = insert_attempt(&tx, attempts[i], err);
+        code = insert_attempt(&tx, attempts[i], again, err);
     return sqlite_end(store, code, err);
 }
 
@@ -354,6 +361,11 @@ const struct store_driver store_sqlite = {
     .token_add = sqlite_token_add,
     .token_set_status = sqlite_token_set_status,
     .token_set_key = sqlite_token_set_key,
+    .token_keys = sqlite_token_keys,
+    .token_reseal = sqlite_token_reseal,
     .token_set_limit = sqlite_token_set_limit,
+    .client_key_find = sqlite_client_key_find,
+    .client_key_add = sqlite_client_key_add,
+    .client_key_revoke = sqlite_client_key_revoke,
     .query = sqlite_query,
 };

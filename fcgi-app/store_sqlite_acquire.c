@@ -6,6 +6,7 @@
  * whole runs in one write transaction, nothing changes between looking and reserving. */
 #include "store_sqlite.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -212,6 +213,48 @@ static const struct candidate *decide(const struct candidates *found, struct sto
     return NULL;
 }
 
+/* ---- idempotency keys ---- */
+
+/* Has another request of the company come with this key? company: as its newest token spells it. */
+static enum err_code find_first(struct sqlite_tx *tx, struct store_acquire *a, const char *company,
+                                struct err *err)
+{
+    static const char sql[] =
+        "SELECT RequestID, State = 'done' FROM IdempotencyKeys"
+        " WHERE CompanyID = ?1 AND IdempotencyKey = ?2 AND RequestID <> ?3 AND ExpiresAt > ?4";
+    sqlite3_stmt *row = NULL;
+    enum err_code code =
+        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(company), sql_text(a->idempotency_key),
+                         sql_text(a->request_id), sql_text(tx->now));
+
+    if (row != NULL) {
+        snprintf(a->first_request_id, sizeof a->first_request_id, "%s",
+                 (const char *)sqlite3_column_text(row, 0));
+        a->first_is_done = sqlite3_column_int(row, 1) != 0;
+        a->grant = GRANT_DUPLICATE;
+    }
+    sqlite3_reset(row);
+    return code;
+}
+
+/* The key is this request's from now on; what fallback_only brings later than another changes
+ * nothing. */
+static enum err_code take_key(struct sqlite_tx *tx, const struct store_acquire *a,
+                              const char *company, struct err *err)
+{
+    static const char sql[] =
+        "INSERT INTO IdempotencyKeys (CompanyID, IdempotencyKey, RequestID, CreatedAt, ExpiresAt)"
+        " VALUES (?1, ?2, ?3, ?4, ?5)"
+        " ON CONFLICT (CompanyID, IdempotencyKey) DO UPDATE"
+        " SET RequestID = ?3, State = 'in_progress', CreatedAt = ?4, ExpiresAt = ?5"
+        " WHERE ExpiresAt <= ?4";
+    char expires[CLOCK_TEXT_SIZE];
+
+    clock_format(tx->now_ms + STORE_IDEMPOTENCY_MS, expires);
+    return SQLITE_RUN(tx->db, NULL, err, sql, sql_text(company), sql_text(a->idempotency_key),
+                      sql_text(a->request_id), sql_text(tx->now), sql_text(expires));
+}
+
 /* ---- reserving ---- */
 
 static enum err_code reserve(struct sqlite_tx *tx, struct store_acquire *a, int64_t token_id,
@@ -357,6 +400,22 @@ out:
     return code;
 }
 
+/* The same for a request with an idempotency key, which it takes with its first token. */
+static enum err_code choose_once(struct sqlite_tx *tx, struct store_acquire *a, struct err *err)
+{
+    char company[STORE_TEXT_SIZE];
+    bool known, expired;
+
+    snprintf(company, sizeof company, "%s", a->company_id);
+    enum err_code code = look_at_newest(tx, a->company_id, company, &known, &expired, err);
+    if (code == ERR_NONE && !a->fallback_only)
+        code = find_first(tx, a, company, err);
+    if (code != ERR_NONE || a->grant == GRANT_DUPLICATE)
+        return code;
+    code = choose_and_reserve(tx, a, err);
+    return code == ERR_NONE && a->grant == GRANT_TOKEN ? take_key(tx, a, company, err) : code;
+}
+
 static enum err_code acquire_one(struct sqlite_tx *tx, struct store_acquire *a, struct err *err)
 {
     bool granted = false;
@@ -372,7 +431,9 @@ static enum err_code acquire_one(struct sqlite_tx *tx, struct store_acquire *a, 
         if (code == ERR_NONE && !a->previous_spent)
             code = release_previous(tx, a, err);
     }
-    return code == ERR_NONE ? choose_and_reserve(tx, a, err) : code;
+    if (code != ERR_NONE)
+        return code;
+    return a->idempotency_key == NULL ? choose_and_reserve(tx, a, err) : choose_once(tx, a, err);
 }
 
 static enum err_code acquire_item(struct sqlite_tx *tx, const void *items, size_t i,

@@ -29,27 +29,47 @@ static enum err_code no_such_token(int64_t token_id, struct err *err)
 
 /* ---- add ---- */
 
+/* The row was added without a key, and Disabled: seals the key for its TokenID, and activates it. */
+static enum err_code add_sealed_key(struct sqlite_tx *tx, int64_t token_id, const char *api_key,
+                                    const struct store_sealer *sealer, struct err *err)
+{
+    static const char sql[] =
+        "UPDATE TokenMaster SET ApiKey = ?2, Status = 'Active' WHERE TokenID = ?1";
+    char sealed[STORE_API_KEY_SIZE];
+    enum err_code code = sealer->seal(sealer->context, token_id, api_key, sealed, err);
+
+    if (code != ERR_NONE)
+        return code;
+    return SQLITE_RUN(tx->db, NULL, err, sql, sql_int(token_id), sql_text(sealed));
+}
+
 static enum err_code add(struct sqlite_tx *tx, const char *actor,
                          const struct store_new_token *token, int64_t *token_id, struct err *err)
 {
     static const char sql_token[] =
         "INSERT INTO TokenMaster"
-        " (CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, CreatedAt, UpdatedAt)"
-        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6)";
+        " (CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, Status, CreatedAt, UpdatedAt)"
+        " VALUES (?1, ?2, ?3, ?4, ?5, ?7, ?6, ?6)";
     static const char sql_summary[] =
         "INSERT INTO TokenUsageSummary (TokenID, TotalRemainingTokens, Threshold, LastUpdated)"
         " VALUES (?1, ?2, ?3, ?4)";
+    const struct store_sealer *sealer = token->sealer;
     const char *provider = token->provider != NULL ? token->provider : "Gemini";
     double threshold = token->threshold > 0 ? token->threshold : THRESHOLD_DEFAULT;
     char limit[32];
     char detail[2 * DETAIL_SIZE];
-    enum err_code code = SQLITE_RUN(tx->db, NULL, err, sql_token, sql_text(token->company_id),
-                                    sql_text(token->company_name), sql_text(token->api_key),
-                                    sql_text(provider), sql_limit(token->limit), sql_text(tx->now));
+    enum err_code code = SQLITE_RUN(
+        tx->db, NULL, err, sql_token, sql_text(token->company_id), sql_text(token->company_name),
+        sql_text(sealer == NULL ? token->api_key : ""), sql_text(provider), sql_limit(token->limit),
+        sql_text(tx->now), sql_text(sealer == NULL ? "Active" : "Disabled"));
 
     if (code != ERR_NONE)
         return code;
     *token_id = sqlite3_last_insert_rowid(tx->db->handle);
+    if (sealer != NULL)
+        code = add_sealed_key(tx, *token_id, token->api_key, sealer, err);
+    if (code != ERR_NONE)
+        return code;
     code = SQLITE_RUN(tx->db, NULL, err, sql_summary, sql_int(*token_id), sql_limit(token->limit),
                       sql_real(threshold), sql_text(tx->now));
     if (code != ERR_NONE)
@@ -117,20 +137,22 @@ enum err_code sqlite_token_set_status(void *self, const char *actor, int64_t tok
 
 /* ---- key ---- */
 
+/* expected: change it only from that; NULL: whatever it is. */
 static enum err_code set_key(struct sqlite_tx *tx, const char *actor, int64_t token_id,
-                             const char *api_key, struct err *err)
+                             const char *api_key, const char *expected, struct err *err)
 {
-    static const char sql[] =
-        "UPDATE TokenMaster SET ApiKey = ?2, UpdatedAt = ?3 WHERE TokenID = ?1";
+    static const char sql[] = "UPDATE TokenMaster SET ApiKey = ?2, UpdatedAt = ?3"
+                              " WHERE TokenID = ?1 AND ApiKey = IFNULL(?4, ApiKey)";
     int changed = 0;
     enum err_code code = SQLITE_RUN(tx->db, &changed, err, sql, sql_int(token_id),
-                                    sql_text(api_key), sql_text(tx->now));
+                                    sql_text(api_key), sql_text(tx->now), sql_text(expected));
 
     if (code != ERR_NONE)
         return code;
     if (changed == 0)
         return no_such_token(token_id, err);
-    return sqlite_audit(tx, actor, "token key changed", token_id, NULL, NULL, err);
+    return sqlite_audit(tx, actor, expected == NULL ? "token key changed" : "token key sealed",
+                        token_id, NULL, NULL, err);
 }
 
 enum err_code sqlite_token_set_key(void *self, const char *actor, int64_t token_id,
@@ -142,7 +164,47 @@ enum err_code sqlite_token_set_key(void *self, const char *actor, int64_t token_
     if (store_check_key(actor, api_key, err) != ERR_NONE ||
         sqlite_begin(store, &tx, err) != ERR_NONE)
         return err->code;
-    return sqlite_end(store, set_key(&tx, actor, token_id, api_key, err), err);
+    return sqlite_end(store, set_key(&tx, actor, token_id, api_key, NULL, err), err);
+}
+
+enum err_code sqlite_token_keys(void *self, int64_t after_id, struct store_token_key *keys,
+                                size_t max, size_t *count, struct err *err)
+{
+    static const char sql[] = "SELECT TokenID, ApiKey FROM TokenMaster"
+                              " WHERE TokenID > ?1 AND LENGTH(CAST(ApiKey AS BLOB)) < ?2"
+                              " ORDER BY TokenID";
+    struct store_sqlite *store = self;
+    struct sqlite_reader *reader = NULL;
+    sqlite3_stmt *row = NULL;
+    enum err_code code = sqlite_reader_take(store, &reader, err);
+
+    *count = 0;
+    if (code != ERR_NONE || reader == NULL)
+        return code;
+    code = SQLITE_FIRST_ROW(&reader->db, &row, err, sql, sql_int(after_id),
+                            sql_int(STORE_API_KEY_SIZE));
+    for (int result = SQLITE_ROW; row != NULL && result == SQLITE_ROW && *count < max;
+         result = sqlite3_step(row)) {
+        struct store_token_key *key = &keys[(*count)++];
+        key->token_id = sqlite3_column_int64(row, 0);
+        snprintf(key->api_key, sizeof key->api_key, "%s",
+                 (const char *)sqlite3_column_text(row, 1));
+    }
+    sqlite3_reset(row);
+    sqlite_reader_give(reader);
+    return code;
+}
+
+enum err_code sqlite_token_reseal(void *self, const char *actor, const struct store_token_key *key,
+                                  const char *sealed, struct err *err)
+{
+    struct store_sqlite *store = self;
+    struct sqlite_tx tx;
+
+    if (store_check_key(actor, sealed, err) != ERR_NONE ||
+        sqlite_begin(store, &tx, err) != ERR_NONE)
+        return err->code;
+    return sqlite_end(store, set_key(&tx, actor, key->token_id, sealed, key->api_key, err), err);
 }
 
 /* ---- limit ---- */

@@ -158,6 +158,11 @@ static const struct view views[] = {
                                .company = SAME_COMPANY("CompanyID"),
                                .group = "Status",
                                .order = "Status"},
+    [VIEW_CLIENT_KEYS] = {.select = "SELECT ClientKeyID, CompanyID, IsAdmin, Label, CreatedAt,"
+                                    " RevokedAt FROM ClientKeys",
+                          .company = SAME_COMPANY("CompanyID"),
+                          .time = "CreatedAt",
+                          .order = "CreatedAt DESC, ClientKeyID"},
     [VIEW_AUDIT] = {.select = "SELECT * FROM AuditLog",
                     .company = SAME_COMPANY("CompanyID"),
                     .request = "RequestID",

@@ -43,8 +43,9 @@ enum err_code sqlite_insert_reservation(struct sqlite_tx *tx, const struct sqlit
     static const char sql[] =
         "INSERT INTO TokenReservations (RequestID, Sequence, TokenID, CompanyID, Branch,"
         " RequestedBy, EstimatedTokens, State, UnknownCalls, TokenSource, Host, ProcessID,"
-        " CreatedAt, ExpiresAt)"
-        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)";
+        " CreatedAt, ExpiresAt, ClosedAt)"
+        " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14,"
+        "         CASE WHEN ?8 = 'released' THEN ?13 END)";
     char expires[CLOCK_TEXT_SIZE];
 
     clock_format(tx->now_ms + r->expires_ms, expires);

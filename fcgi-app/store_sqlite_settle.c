@@ -165,6 +165,41 @@ static enum err_code leave_unsettled(struct sqlite_tx *tx, const struct store_se
                       sql_int(b->last_id), sql_int(s->unknown_calls), sql_text(tx->now));
 }
 
+/* An acquire that nobody heard of: what it reserved is released. Where it has not come yet, a row in
+ * its place makes it reserve nothing when it does. */
+static enum err_code release_unheard(struct sqlite_tx *tx, const struct store_settlement *s,
+                                     struct err *err)
+{
+    static const char sql_find[] =
+        "SELECT IFNULL(TokenID, 0), EstimatedTokens, State = 'open' FROM TokenReservations"
+        " WHERE RequestID = ?1 AND Sequence = ?2";
+    static const char sql_close[] =
+        "UPDATE TokenReservations SET State = 'released', ClosedAt = ?3, UnknownCalls = 0"
+        " WHERE RequestID = ?1 AND Sequence = ?2 AND ClosedAt IS NULL";
+    const struct sqlite_reservation none = {.request_id = s->request_id,
+                                            .sequence = s->release_sequence,
+                                            .company_id = s->company_id,
+                                            .branch = s->branch,
+                                            .requested_by = s->requested_by,
+                                            .state = "released"};
+    sqlite3_stmt *row = NULL;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql_find, sql_text(s->request_id),
+                                          sql_int(s->release_sequence));
+
+    if (code == ERR_NONE && row == NULL)
+        return sqlite_insert_reservation(tx, &none, err);
+    if (row == NULL)
+        return code;
+    int64_t token_id = sqlite3_column_int64(row, 0);
+    int64_t tokens = sqlite3_column_int(row, 2) != 0 ? sqlite3_column_int64(row, 1) : 0;
+    sqlite3_reset(row);
+    code = sqlite_unreserve(tx, token_id, tokens, err);
+    if (code != ERR_NONE)
+        return code;
+    return SQLITE_RUN(tx->db, NULL, err, sql_close, sql_text(s->request_id),
+                      sql_int(s->release_sequence), sql_text(tx->now));
+}
+
 /* ---- usage ---- */
 
 static enum err_code insert_usage(struct sqlite_tx *tx, const struct store_settlement *s,
@@ -275,13 +310,34 @@ static enum err_code settle_usage(struct sqlite_tx *tx, struct store_settlement 
     return code;
 }
 
+/* ---- idempotency keys ---- */
+
+static enum err_code settle_key(struct sqlite_tx *tx, const struct store_settlement *s,
+                                struct err *err)
+{
+    static const char sql_free[] =
+        "DELETE FROM IdempotencyKeys WHERE RequestID = ?1 AND State = 'in_progress'";
+    static const char sql_done[] = "UPDATE IdempotencyKeys SET State = 'done' WHERE RequestID = ?1";
+
+    if (s->idempotency == STORE_KEY_NONE)
+        return ERR_NONE;
+    return s->idempotency == STORE_KEY_FREE
+               ? SQLITE_RUN(tx->db, NULL, err, sql_free, sql_text(s->request_id))
+               : SQLITE_RUN(tx->db, NULL, err, sql_done, sql_text(s->request_id));
+}
+
 /* ---- the whole ---- */
 
 static enum err_code settle_one(struct sqlite_tx *tx, struct store_settlement *s, struct err *err)
 {
     struct before before;
-    enum err_code code = look(tx, s, &before, err);
 
+    enum err_code code = settle_key(tx, s, err);
+
+    if (code == ERR_NONE && s->release_sequence > 0)
+        return release_unheard(tx, s, err);
+    if (code == ERR_NONE)
+        code = look(tx, s, &before, err);
     if (code != ERR_NONE || before.settled)
         return code;
     if (s->request_count > 0)
@@ -320,13 +376,13 @@ enum err_code sqlite_settle(void *self, struct store_settlement *const *items, s
     return code;
 }
 
-/* ---- reservations whose process died ---- */
+/* ---- reservations whose process died, idempotency keys that are over ---- */
 
 static enum err_code any_expired(struct store_sqlite *store, bool *any, struct err *err)
 {
-    static const char sql[] =
-        "SELECT 1 FROM TokenReservations"
-        " WHERE State = 'open' AND ClosedAt IS NULL AND ExpiresAt < ?1 LIMIT 1";
+    static const char sql[] = "SELECT 1 WHERE EXISTS (SELECT 1 FROM TokenReservations"
+                              "     WHERE State = 'open' AND ClosedAt IS NULL AND ExpiresAt < ?1)"
+                              " OR EXISTS (SELECT 1 FROM IdempotencyKeys WHERE ExpiresAt < ?1)";
     struct sqlite_reader *reader = NULL;
     sqlite3_stmt *row = NULL;
     char now[CLOCK_TEXT_SIZE];
@@ -354,8 +410,17 @@ static enum err_code expire(struct sqlite_tx *tx, int *expired, struct err *err)
     static const char sql_states[] = "UPDATE TokenReservations"
                                      " SET State = 'unsettled', UnknownCalls = UnknownCalls + 1"
                                      " WHERE " EXPIRED;
+    /* What its request may have spent counts as done. */
+    static const char sql_keys[] =
+        "UPDATE IdempotencyKeys SET State = 'done'"
+        " WHERE RequestID IN (SELECT RequestID FROM TokenReservations WHERE " EXPIRED ")";
+    static const char sql_old_keys[] = "DELETE FROM IdempotencyKeys WHERE ExpiresAt < ?1";
     enum err_code code = SQLITE_RUN(tx->db, NULL, err, sql_sums, sql_text(tx->now));
 
+    if (code == ERR_NONE)
+        code = SQLITE_RUN(tx->db, NULL, err, sql_keys, sql_text(tx->now));
+    if (code == ERR_NONE)
+        code = SQLITE_RUN(tx->db, NULL, err, sql_old_keys, sql_text(tx->now));
     if (code == ERR_NONE)
         code = SQLITE_RUN(tx->db, expired, err, sql_states, sql_text(tx->now));
     return code;

@@ -16,7 +16,8 @@
 
 void tokens_init(struct tokens *tokens, struct app *app, struct arena *arena,
                  const char *request_id, const char *company, const char *branch, const char *user,
-                 int64_t estimate, int64_t deadline_ms)
+                 const char *client_key_id, const char *idempotency_key, int64_t estimate,
+                 int64_t deadline_ms)
 {
     *tokens = (struct tokens){.app = app,
                               .arena = arena,
@@ -24,6 +25,8 @@ void tokens_init(struct tokens *tokens, struct app *app, struct arena *arena,
                               .company = company,
                               .branch = branch,
                               .user = user,
+                              .client_key_id = client_key_id,
+                              .idempotency_key = idempotency_key,
                               .estimate = estimate,
                               .deadline_ms = deadline_ms};
 }
@@ -77,12 +80,14 @@ static enum token_result hold_offline(struct tokens *tokens, const struct store_
                                       struct err *err)
 {
     struct app *app = tokens->app;
+    struct store_acquire offline = *acquire;
 
     if (app->fallback_key == NULL) {
         *err = acquire->err;
         return TOKENS_NONE;
     }
-    if (store_reserve_offline(app->store, acquire, err) != ERR_NONE)
+    offline.sequence = ++tokens->sequence; /* what that acquire may have reserved is released */
+    if (store_reserve_offline(app->store, &offline, err) != ERR_NONE)
         return TOKENS_NONE;
     log_warning(tokens->request_id, acquire->err.message,
                 "the store cannot be reached; the fallback key serves");
@@ -113,6 +118,13 @@ static enum token_result take_grant(struct tokens *tokens, struct store_acquire 
         return TOKENS_COOLING;
     case GRANT_BUSY:
         return refuse(ERR_TOKEN_BUSY, err);
+    case GRANT_DUPLICATE:
+        store_set_duplicate(err, acquire->first_is_done, acquire->first_request_id);
+        return TOKENS_NONE;
+    case GRANT_UNREADABLE:
+        hold(tokens, acquire->token_id, NULL);
+        *err = acquire->err;
+        return TOKENS_NONE;
     case GRANT_EXPIRED:
         return refuse(ERR_TOKEN_EXPIRED, err);
     case GRANT_UNAVAILABLE:
@@ -136,8 +148,10 @@ static struct store_exclusion *exclusions(struct tokens *tokens, size_t *count)
     return list;
 }
 
-enum token_result tokens_acquire(struct tokens *tokens, const struct store_token_fault *fault,
-                                 bool at_fault, int64_t *wait_ms, struct err *err)
+/* *unreadable: one is held, and TOKENS_NONE returned, because its key does not open. */
+static enum token_result acquire_one(struct tokens *tokens, const struct store_token_fault *fault,
+                                     bool at_fault, int64_t *wait_ms, bool *unreadable,
+                                     struct err *err)
 {
     struct app *app = tokens->app;
     const struct config *config = app->config;
@@ -151,6 +165,7 @@ enum token_result tokens_acquire(struct tokens *tokens, const struct store_token
         .estimate_tokens = tokens->estimate,
         .expires_ms = config->server.deadline_ms + RESERVATION_GRACE_MS,
         .choice = clock_random(),
+        .idempotency_key = tokens->idempotency_key,
         .fallback_if_none =
             app->fallback_key != NULL && config->fallback.when == FALLBACK_NO_ACTIVE_TOKEN,
     };
@@ -180,12 +195,34 @@ enum token_result tokens_acquire(struct tokens *tokens, const struct store_token
         tokens->current = NULL;
         result = take_grant(tokens, &acquire, wait_ms, err);
     }
+    *unreadable = acquire.code == ERR_NONE && acquire.grant == GRANT_UNREADABLE;
     if (acquire.disabling_stopped)
         log_critical(
             tokens->request_id, NULL,
             "tokens of three companies were at fault within a minute: disabling has stopped, "
             "since the fault is hardly the keys'; look at Gemini's messages in RetryAttempts");
     explicit_bzero(acquire.api_key, sizeof acquire.api_key);
+    return result;
+}
+
+/* A token whose key does not open is not at fault: perhaps only this host lacks the sealing key. So
+ * nothing is said of it to the store, and the request goes on to another. */
+enum token_result tokens_acquire(struct tokens *tokens, const struct store_token_fault *fault,
+                                 bool at_fault, int64_t *wait_ms, struct err *err)
+{
+    struct err why_unreadable = {.code = ERR_NONE};
+    bool unreadable;
+    enum token_result result = acquire_one(tokens, fault, at_fault, wait_ms, &unreadable, err);
+
+    while (unreadable) {
+        why_unreadable = *err;
+        log_critical(tokens->request_id, err->message, "token %lld of %s cannot be used",
+                     (long long)tokens->current->id, tokens->company);
+        result = acquire_one(tokens, NULL, true, wait_ms, &unreadable, err);
+    }
+    if (result == TOKENS_NONE && why_unreadable.code != ERR_NONE &&
+        err->code == ERR_TOKEN_UNAVAILABLE)
+        *err = why_unreadable;
     return result;
 }
 
@@ -245,14 +282,28 @@ static void log_settled(const struct tokens *tokens, const struct store_settleme
                     s->unknown_calls, (long long)s->token_id, tokens->company);
 }
 
+/* What becomes of the idempotency key: where nothing was spent, it may come again. */
+static enum store_idempotency settle_key(const struct tokens *tokens)
+{
+    bool any;
+
+    if (tokens->idempotency_key == NULL)
+        return STORE_KEY_NONE;
+    tokens_usage(tokens, &any);
+    return any ? STORE_KEY_DONE : STORE_KEY_FREE;
+}
+
 void tokens_settle(struct tokens *tokens, const char *model, int64_t duration_ms)
 {
     struct store_settlement *list = arena_alloc(tokens->arena, (tokens->count + 1) * sizeof *list);
+    const enum store_idempotency idempotency = settle_key(tokens);
     size_t n = 0;
 
     for (size_t i = 0; i < tokens->count; i++) {
         struct token_use *use = &tokens->uses[i];
-        if (!use->open)
+        /* The key is settled with a token, be it one that was released before. */
+        bool for_the_key = idempotency != STORE_KEY_NONE && n == 0 && i + 1 == tokens->count;
+        if (!use->open && !for_the_key)
             continue;
         use->open = false;
         list[n++] = (struct store_settlement){.request_id = tokens->request_id,
@@ -260,6 +311,7 @@ void tokens_settle(struct tokens *tokens, const char *model, int64_t duration_ms
                                               .company_id = tokens->company,
                                               .branch = tokens->branch,
                                               .requested_by = tokens->user,
+                                              .client_key_id = tokens->client_key_id,
                                               .token_source = use->id == 0 ? "fallback" : "store",
                                               .model = model,
                                               .usage = use->usage,
@@ -267,7 +319,8 @@ void tokens_settle(struct tokens *tokens, const char *model, int64_t duration_ms
                                               .unknown_calls = use->unknown_calls,
                                               .duration_ms = duration_ms,
                                               .logged_ms = clock_wall_ms(),
-                                              .fault = use->fault};
+                                              .fault = use->fault,
+                                              .idempotency = idempotency};
     }
     if (n == 0)
         return;

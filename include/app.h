@@ -4,6 +4,7 @@
 
 #include <stdatomic.h>
 
+#include "auth.h"
 #include "config.h"
 #include "gemini.h"
 #include "invoice.h"
@@ -18,6 +19,7 @@ struct app {
     struct invoice_schema *schema;
     struct gemini *gemini;
     struct share *share;
+    struct auth *auth;     /* NULL: auth.mode is none */
     char *fallback_key;    /* NULL: no fallback */
     atomic_int long_waits; /* workers that wait on a rate limit's hint longer than max_delay */
 };

@@ -37,6 +37,7 @@ struct config {
     struct {
         int mode; /* enum config_auth */
         int64_t offline_grace_ms;
+        int key_rate; /* requests a minute; 0: no limit */
     } auth;
     struct {
         char *base_url; /* without a slash at its end */

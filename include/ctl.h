@@ -1,7 +1,8 @@
 /* ctl.h - extractctl's inside.
  *
  *   extractctl.c   the command line: options, commands, --help
- *   ctl_token.c    token add, list, set-status, set-key, set-limit
+ *   ctl_token.c    token add, list, set-status, set-key, set-limit; seal
+ *   ctl_client.c   client-key add, list, revoke
  *   ctl_show.c     usage, logs, retries, reservations, outbox; how rows are printed
  *   ctl_check.c    check
  *   ctl_store.c    migrate; configuration and store as all commands open them, and their failures
@@ -45,6 +46,8 @@ enum ctl_flag {
     FLAG_ROWS,
     FLAG_UNSETTLED,
     FLAG_AFTER_INSTALL,
+    FLAG_ADMIN,
+    FLAG_LABEL,
     FLAG_COUNT
 };
 
@@ -65,6 +68,10 @@ int ctl_token_list(struct ctl *ctl);
 int ctl_token_set_status(struct ctl *ctl);
 int ctl_token_set_key(struct ctl *ctl);
 int ctl_token_set_limit(struct ctl *ctl);
+int ctl_seal(struct ctl *ctl);
+int ctl_client_key_add(struct ctl *ctl);
+int ctl_client_key_list(struct ctl *ctl);
+int ctl_client_key_revoke(struct ctl *ctl);
 int ctl_usage(struct ctl *ctl);
 int ctl_logs(struct ctl *ctl);
 int ctl_retries(struct ctl *ctl);

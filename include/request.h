@@ -10,7 +10,7 @@
 #include "clock.h"
 #include "err.h"
 
-/* Strings are never NULL; what the web server did not say is empty. */
+/* Strings are never NULL but where said; what the web server did not say is empty. */
 struct request {
     struct arena arena;      /* freed after the response was written */
     char id[UUID_TEXT_SIZE]; /* RequestID */
@@ -20,8 +20,10 @@ struct request {
     int64_t content_length; /* -1: not said, or not a number */
     const char *body_file;  /* REQUEST_BODY_FILE */
     const char *proxy_request_id;
-    const char *peer;    /* REMOTE_ADDR */
-    int64_t accepted_ms; /* monotonic */
+    const char *peer;            /* REMOTE_ADDR */
+    char *authorization;         /* wiped once it was looked at */
+    const char *idempotency_key; /* NULL: the header was not sent */
+    int64_t accepted_ms;         /* monotonic */
     /* Reads the body's next bytes; fewer than size only where it ends. */
     size_t (*read)(void *io, void *into, size_t size);
     void *io;
@@ -32,6 +34,7 @@ struct response {
     const char *content_type; /* a constant */
     int retry_after_s;        /* 0: no header */
     const char *allow;        /* a constant; NULL: no header */
+    const char *authenticate; /* WWW-Authenticate: a constant; NULL: no header */
     struct buf body;
 };
 

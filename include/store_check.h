@@ -41,6 +41,10 @@ enum err_code store_check_status(const char *actor, const char **status, const c
 enum err_code store_check_key(const char *actor, const char *key, struct err *err) MUST_CHECK;
 enum err_code store_check_limit(const char *actor, int64_t limit, double threshold,
                                 struct err *err) MUST_CHECK;
+enum err_code store_check_new_client_key(const char *actor, const struct store_new_client_key *key,
+                                         struct err *err) MUST_CHECK;
+enum err_code store_check_client_key_id(const char *actor, const char *id,
+                                        struct err *err) MUST_CHECK;
 /* Is there such a view, and can it be filtered so? */
 enum err_code store_check_filter(enum store_view view, const struct store_filter *filter,
                                  struct err *err) MUST_CHECK;

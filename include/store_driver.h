@@ -9,6 +9,12 @@
 
 #include "store.h"
 
+/* A token's API key as the table holds it. */
+struct store_token_key {
+    int64_t token_id;
+    char api_key[STORE_API_KEY_SIZE];
+};
+
 struct store_driver {
     const char *name;
     /* migrate: create or upgrade the schema even where auto_create says no. */
@@ -23,16 +29,29 @@ struct store_driver {
                             struct err *err);
     enum err_code (*record)(void *self, struct log_entry *const *entries, size_t entry_count,
                             const struct store_retry_attempt *const *attempts, size_t attempt_count,
-                            struct err *err);
+                            bool again, struct err *err);
     enum err_code (*expire_reservations)(void *self, int *expired, struct err *err);
     enum err_code (*token_add)(void *self, const char *actor, const struct store_new_token *token,
                                int64_t *token_id, struct err *err);
+    /* The keys of up to max tokens after that one, in TokenID order, as they are, whatever their
+     * status; those that are longer than any key are left out. */
+    enum err_code (*token_keys)(void *self, int64_t after_id, struct store_token_key *keys,
+                                size_t max, size_t *count, struct err *err);
     enum err_code (*token_set_status)(void *self, const char *actor, int64_t token_id,
                                       const char *status, const char *reason, struct err *err);
     enum err_code (*token_set_key)(void *self, const char *actor, int64_t token_id,
                                    const char *api_key, struct err *err);
+    /* Changes it from what token_keys said of it; ERR_NO_SUCH_ROW: it is another by now. */
+    enum err_code (*token_reseal)(void *self, const char *actor, const struct store_token_key *key,
+                                  const char *sealed, struct err *err);
     enum err_code (*token_set_limit)(void *self, const char *actor, int64_t token_id, int64_t limit,
                                      double threshold, struct err *err);
+    enum err_code (*client_key_find)(void *self, const char *hash, struct store_client_key *key,
+                                     struct err *err);
+    enum err_code (*client_key_add)(void *self, const char *actor,
+                                    const struct store_new_client_key *key, struct err *err);
+    enum err_code (*client_key_revoke)(void *self, const char *actor, const char *id,
+                                       struct err *err);
     enum err_code (*query)(void *self, enum store_view view, const struct store_filter *filter,
                            store_row *row, void *context, struct err *err);
 };

@@ -8,11 +8,12 @@
  *   store_mssql_call.c     a call on any connection: repeated where that helps; what errors mean
  *   store_mssql_schema.c   the schema's version; setting it up
  *   store_mssql_request.c  acquire and settle
- *   store_mssql_admin.c    token administration
+ *   store_mssql_admin.c    administration: tokens, client keys
  *   store_mssql_query.c    views for people
  *
- * Only conn knows db-lib. All SQL that leaves the process, but for fixed session settings and
- * the setup script, is calls of the procedures of sql/setup_database.sql, with parameters. */
+ * Only conn knows db-lib. All SQL that leaves the process, but for fixed session settings, the ends of
+ * transactions and the setup script, is calls of the procedures of sql/setup_database.sql, with
+ * parameters. */
 #ifndef EXTRACT_STORE_MSSQL_H
 #define EXTRACT_STORE_MSSQL_H
 
@@ -144,6 +145,8 @@ struct mssql_call {
     int *status;   /* what the procedure returns; may be NULL */
     bool row_once; /* rows cannot be taken back: not repeated once one was handed out */
     bool once;     /* not idempotent: not repeated where it is unknown whether it happened */
+    /* Of one that failed for good: may it have happened, this time or before a repeat? May be NULL. */
+    bool *perhaps_happened;
 };
 
 /* One call, until deadline_ms (monotonic); the time that row() takes does not count. False: failure
@@ -216,6 +219,14 @@ enum err_code mssql_call(struct store_mssql *store, const struct mssql_call *cal
 /* The same; false: failure says why. */
 bool mssql_try(struct store_mssql *store, const struct mssql_call *call,
                struct mssql_failure *failure) MUST_CHECK;
+/* What the steps of a transaction end in. */
+enum mssql_steps { MSSQL_COMMIT, MSSQL_ROLL_BACK, MSSQL_FAILED /* failure says why */ };
+typedef enum mssql_steps mssql_steps_run(struct mssql_conn *conn, void *context,
+                                         int64_t deadline_ms, struct mssql_failure *failure);
+/* Calls run within a transaction on one connection; again, from the start, where that can help and
+ * nothing can have happened. ERR_NONE: committed, or rolled back as run wanted it. */
+enum err_code mssql_transact(struct store_mssql *store, mssql_steps_run *run, void *context,
+                             struct err *err) MUST_CHECK;
 /* The code of a failure, with a message that holds no data. */
 enum err_code mssql_explain(const struct store_mssql *store, const struct mssql_failure *failure,
                             struct err *err);
@@ -252,8 +263,19 @@ enum err_code mssql_token_set_status(void *self, const char *actor, int64_t toke
                                      struct err *err) MUST_CHECK;
 enum err_code mssql_token_set_key(void *self, const char *actor, int64_t token_id,
                                   const char *api_key, struct err *err) MUST_CHECK;
+enum err_code mssql_token_keys(void *self, int64_t after_id, struct store_token_key *keys,
+                               size_t max, size_t *count, struct err *err) MUST_CHECK;
+enum err_code mssql_token_reseal(void *self, const char *actor, const struct store_token_key *key,
+                                 const char *sealed, struct err *err) MUST_CHECK;
 enum err_code mssql_token_set_limit(void *self, const char *actor, int64_t token_id, int64_t limit,
                                     double threshold, struct err *err) MUST_CHECK;
+enum err_code mssql_client_key_find(void *self, const char *hash, struct store_client_key *key,
+                                    struct err *err) MUST_CHECK;
+enum err_code mssql_client_key_add(void *self, const char *actor,
+                                   const struct store_new_client_key *key,
+                                   struct err *err) MUST_CHECK;
+enum err_code mssql_client_key_revoke(void *self, const char *actor, const char *id,
+                                      struct err *err) MUST_CHECK;
 enum err_code mssql_query(void *self, enum store_view view, const struct store_filter *filter,
                           store_row *row, void *context, struct err *err) MUST_CHECK;
 

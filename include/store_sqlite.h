@@ -8,6 +8,7 @@
  *   store_sqlite_fault.c    what a failed call does to a token
  *   store_sqlite_settle.c   usage rows and sums; reservations whose process died
  *   store_sqlite_admin.c    token administration
+ *   store_sqlite_client.c   client keys
  *   store_sqlite_query.c    views for people
  *
  * Every function that can fail returns the code that it also puts into err (never NULL here). */
@@ -226,6 +227,10 @@ enum err_code sqlite_settle(void *self, struct store_settlement *const *items, s
 enum err_code sqlite_expire_reservations(void *self, int *expired, struct err *err) MUST_CHECK;
 enum err_code sqlite_token_add(void *self, const char *actor, const struct store_new_token *token,
                                int64_t *token_id, struct err *err) MUST_CHECK;
+enum err_code sqlite_token_reseal(void *self, const char *actor, const struct store_token_key *key,
+                                  const char *sealed, struct err *err) MUST_CHECK;
+enum err_code sqlite_token_keys(void *self, int64_t after_id, struct store_token_key *keys,
+                                size_t max, size_t *count, struct err *err) MUST_CHECK;
 enum err_code sqlite_token_set_status(void *self, const char *actor, int64_t token_id,
                                       const char *status, const char *reason,
                                       struct err *err) MUST_CHECK;
@@ -233,6 +238,13 @@ enum err_code sqlite_token_set_key(void *self, const char *actor, int64_t token_
                                    const char *api_key, struct err *err) MUST_CHECK;
 enum err_code sqlite_token_set_limit(void *self, const char *actor, int64_t token_id, int64_t limit,
                                      double threshold, struct err *err) MUST_CHECK;
+enum err_code sqlite_client_key_find(void *self, const char *hash, struct store_client_key *key,
+                                     struct err *err) MUST_CHECK;
+enum err_code sqlite_client_key_add(void *self, const char *actor,
+                                    const struct store_new_client_key *key,
+                                    struct err *err) MUST_CHECK;
+enum err_code sqlite_client_key_revoke(void *self, const char *actor, const char *id,
+                                       struct err *err) MUST_CHECK;
 enum err_code sqlite_query(void *self, enum store_view view, const struct store_filter *filter,
                            store_row *row, void *context, struct err *err) MUST_CHECK;
 

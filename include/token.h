@@ -25,7 +25,9 @@ struct tokens {
     struct app *app;
     struct arena *arena;
     const char *request_id, *branch, *user;
-    const char *company; /* as the client wrote it, then as the store does */
+    const char *client_key_id;   /* NULL: none */
+    const char *idempotency_key; /* NULL: none */
+    const char *company;         /* as the client wrote it, then as the store does */
     int64_t estimate;
     int64_t deadline_ms;
     int sequence;
@@ -44,7 +46,8 @@ enum token_result {
 /* What the store needs to know of the request; all borrowed for the life of tokens. */
 void tokens_init(struct tokens *tokens, struct app *app, struct arena *arena,
                  const char *request_id, const char *company, const char *branch, const char *user,
-                 int64_t estimate, int64_t deadline_ms);
+                 const char *client_key_id, const char *idempotency_key, int64_t estimate,
+                 int64_t deadline_ms);
 /* Wipes the key. */
 void tokens_reset(struct tokens *tokens);
 

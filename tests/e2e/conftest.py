@@ -476,7 +476,7 @@ class Stack:
         self.nginx = start_nginx(self.dir, ROOT / "nginx/run.conf.in", DIR=self.dir, NGINX=ROOT / "nginx",
                                  SOCKET=self.socket, HTTPS_PORT=self.https_port, HTTP_PORT=self.port)
         eventually(lambda: listening(self.port), "nginx listens")
-        eventually(lambda: self.get("/healthz").status == 200, "the pool answers")
+        self.answers()
 
     # -- processes --
 
@@ -486,6 +486,9 @@ class Stack:
             command += ["/usr/bin/multiwatch", "-f", str(processes), "--"]
         self.pool = subprocess.Popen([*command, str(BUILD / "extract-fcgi")], env=self.env, stderr=self.stderr,
                                      start_new_session=True)
+
+    def answers(self) -> None:
+        eventually(lambda: self.get("/healthz").status == 200, "the pool answers")
 
     def pids(self) -> list[int]:
         """The extract-fcgi processes of this stack."""
@@ -720,6 +723,10 @@ PROBLEMS: dict[str, tuple[int, str, bool, bool, str | None]] = {
     "unsupported_media_type": (415, "Unsupported Media Type", False, False, FAILED),
     "bad_request": (400, "Bad Request", False, False, None),
     "file_too_large": (413, "Content Too Large", False, False, None),
+    "unauthenticated": (401, "Unauthorized", False, False, None),
+    "forbidden": (403, "Forbidden", False, False, None),
+    "request_in_progress": (409, "Conflict", True, False, None),
+    "already_processed": (409, "Conflict", False, False, None),
     "rate_limited": (429, "Too Many Requests", True, True, None),
     "upstream_unavailable": (502, "Bad Gateway", True, True, FAILED),
     "upstream_rejected": (502, "Bad Gateway", False, False, FAILED),

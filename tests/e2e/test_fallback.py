@@ -37,10 +37,11 @@ def fallback(make_stack: MakeStack, tmp_path: Path) -> Callable[..., Stack]:
 
 
 def outbox(stack: Stack) -> list[dict[str, Any]]:
-    """What waits, oldest first."""
+    """What waits, oldest first; but for the releases of acquires whose answer nobody heard, which a SQL Server that went
+    away in the midst of them leaves."""
     with closing(sqlite3.connect(stack.dir / "outbox.db", timeout=PATIENCE)) as db:
         db.row_factory = sqlite3.Row
-        return [dict(row) for row in db.execute("SELECT * FROM Outbox ORDER BY Seq")]
+        return [dict(row) for row in db.execute("SELECT * FROM Outbox WHERE IFNULL(json_extract(Payload, '$.release_sequence'), 0) = 0 ORDER BY Seq")]
 
 
 def request_id(answer: Answer) -> str:
@@ -48,7 +49,9 @@ def request_id(answer: Answer) -> str:
 
 
 def of(stack: Stack, table: str, answer: Answer) -> list[dict[str, Any]]:
-    return stack.sql(f"SELECT * FROM {table} WHERE RequestID = ?", request_id(answer))
+    """But for what stands in the place of an acquire that never came."""
+    rows = stack.sql(f"SELECT * FROM {table} WHERE RequestID = ?", request_id(answer))
+    return [row for row in rows if (row.get("State"), row.get("EstimatedTokens")) != ("released", 0)]
 
 
 def drained(stack: Stack) -> None:
@@ -77,7 +80,7 @@ def test_served_without_the_store(fallback: Callable[..., Stack], emulator: Emul
             == [("reservation", request_id(answer), None), ("settlement", request_id(answer), None)]
         assert all(KEY not in str(e) for e in entries)
         status = stack.get("/readyz").json()
-        assert status["outbox"]["waiting"] == 2 and status["fallback"] is True
+        assert status["outbox"]["waiting"] in (2, 3) and status["fallback"] is True  # 3: with a release
     drained(stack)
     [row] = of(stack, "TokenUsageLogs", answer)
     usage = answer.json()["usage"]

@@ -5,6 +5,7 @@ names one (conftest.py).
 """
 from __future__ import annotations
 
+import base64
 import json
 import re
 import socket
@@ -282,6 +283,82 @@ def test_lost_answer(make: MakeStack, tds: TdsServer, emulator: Emulator, pdf: b
     assert len(stack.sql("SELECT 1 AS x FROM TokenReservations")) == len(stack.sql("SELECT 1 AS x FROM TokenUsageLogs")) \
         == len(emulator.log()) == 2
     stack.balanced()
+
+
+@pytest.mark.parametrize("fault", [{"kind": "drop_mid_result"}, {"kind": "drop_after_commit"}, {"kind": "slow", "seconds": 60}],
+                         ids=lambda fault: fault["kind"])
+def test_reservation_that_nobody_heard_of_is_released(make: MakeStack, tds: TdsServer, emulator: Emulator, pdf: bytes,
+                                                      fault: dict[str, Any]) -> None:
+    """Each answer to the acquire is lost: the outbox releases what it has reserved, or keeps it from reserving later."""
+    stack = make(env={"EXTRACT_STORE_QUERY_TIMEOUT": "1s"})
+    stack.token()
+    tds.control(do="fault", procedure="usp_AcquireTokens", times=1000, **fault)
+    answer = stack.post(pdf, headers={"Idempotency-Key": "k"})
+    refused(answer, "store_unavailable")
+    tds.control(do="reset")
+    [row] = stack.rows("SELECT State, EstimatedTokens, ClosedAt FROM TokenReservations WHERE RequestID = ? AND State = 'released'",
+                       answer.headers["X-Request-ID"])
+    assert row["ClosedAt"] is not None and (row["EstimatedTokens"] > 0) == (fault["kind"] != "slow")
+    assert stack.sql("SELECT ReservedTokens FROM TokenUsageSummary") == [{"ReservedTokens": 0}]
+    assert emulator.log() == []
+    assert stack.post(pdf, headers={"Idempotency-Key": "k"}).status == 200, "and the key is free"
+    stack.balanced()
+
+
+@pytest.mark.parametrize("number", [1205, 9002, 8134])
+def test_what_reserved_nothing_needs_no_release(make: MakeStack, tds: TdsServer, emulator: Emulator, pdf: bytes,
+                                                number: int) -> None:
+    """The server says that it did nothing, or it was not even asked."""
+    stack = make()
+    stack.token()
+    tds.control(do="fault", kind="error", number=number, procedure="usp_AcquireTokens", times=1000)
+    assert stack.post(pdf).code in ("store_unavailable", "storage_full", "internal_error")
+    tds.control(do="logins", refuse=18456)
+    tds.control(do="disconnect")
+    refused(stack.post(pdf), "store_unavailable")
+    [outbox] = json.loads(stack.ctl("outbox", "status", "--json").stdout)
+    assert outbox["Waiting"] == 0
+    tds.control(do="reset")
+    assert stack.sql("SELECT State FROM TokenReservations") == []
+
+
+# ---- a token whose key is sealed: two procedures, one transaction ----
+
+
+@pytest.fixture
+def sealing(make: MakeStack, tmp_path: Path) -> Stack:
+    """A stack whose keys are sealed."""
+    (tmp_path / "seal.key").write_text(base64.b64encode(bytes(range(32))).decode() + "\n")
+    (tmp_path / "seal.key").chmod(0o600)
+    return make(env={"EXTRACT_SEAL_KEY_FILE": str(tmp_path / "seal.key"), "EXTRACT_STORE_QUERY_TIMEOUT": "2s"})
+
+
+def one_sealed_token(stack: Stack) -> bool:
+    [row] = stack.sql("SELECT ApiKey, Status FROM TokenMaster")
+    audit = stack.sql("SELECT Action FROM AuditLog")
+    return row["ApiKey"].startswith("sealed:v1:") and row["Status"] == "Active" and audit == [{"Action": "token added"}]
+
+
+@pytest.mark.parametrize("procedure", ["usp_AddToken", "usp_ActivateToken"])
+@pytest.mark.parametrize("fault", [{"kind": "drop_before"}, {"kind": "drop_mid_result"}, {"kind": "drop_after_commit"},
+                                   {"kind": "error", "number": 1205}, {"kind": "error", "number": 547},
+                                   {"kind": "error", "number": 8134}],
+                         ids=lambda fault: str(fault.get("number", fault["kind"])))
+def test_sealed_token_is_added_whole_or_not(sealing: Stack, tds: TdsServer, emulator: Emulator, pdf: bytes, procedure: str,
+                                            fault: dict[str, Any]) -> None:
+    tds.control(do="fault", procedure=procedure, times=1000, **fault)
+    done = sealing.ctl("token", "add", "--company", "NT047", stdin="key-of-the-test\n", check=False)
+    assert done.returncode != 0 and done.stdout == ""
+    assert sealing.sql("SELECT TokenID FROM TokenMaster") == sealing.sql("SELECT AuditID FROM AuditLog") == []
+    tds.control(do="reset")
+    tds.control(do="fault", procedure=procedure, **fault)
+    sealing.ctl("token", "add", "--company", "NT047", stdin="key-of-the-test\n", check=False)
+    if fault.get("number") not in (547, 8134):  # nothing had happened, and it was done again
+        assert one_sealed_token(sealing)
+        assert sealing.post(pdf).status == 200
+    else:
+        assert sealing.sql("SELECT TokenID FROM TokenMaster") == []
+    tds.control(do="reset")
 
 
 def test_deadlocks(make: MakeStack, tds: TdsServer, emulator: Emulator, crowd: ThreadPoolExecutor, pdf: bytes) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import (BUILD, PATIENCE, ROOT, TEST_STORE, Answer, Emulator, Stack, eventually, form, free_port, listening,
-                      start_nginx)
+                      start_nginx, start_refused)
 
 SERVICE, CTL = str(BUILD / "extract-fcgi"), str(BUILD / "extractctl")
 VERSION = re.search(r"^VERSION\s*:?=\s*(\S+)", (ROOT / "Makefile").read_text(), re.M)[1]  # type: ignore[index]
@@ -89,8 +89,8 @@ def test_defaults() -> None:
     values = settings(run(SERVICE, "--check-config").stdout)
     expected = {
         "server.threads": "16", "server.queue": "64", "server.queue_wait": "10s", "server.company_share": "1",
-        "server.max_upload": "50M", "server.deadline": "2m", "server.body_file_dir": "", "auth.mode": "none",
-        "auth.offline_grace": "1h", "gemini.base_url": "https://generativelanguage.googleapis.com",
+        "server.max_upload": "50M", "server.deadline": "2m", "server.body_file_dir": "", "auth.mode": "bearer",
+        "auth.offline_grace": "1h", "auth.key_rate": "6000", "gemini.base_url": "https://generativelanguage.googleapis.com",
         "gemini.model": "gemini-3.5-flash", "gemini.connect_timeout": "10s", "gemini.timeout": "55s",
         "gemini.reserve_tokens": "8000", "retry.max_retries": "3", "retry.initial_delay": "1s",
         "retry.max_delay": "30s", "retry.backoff_multiplier": "2", "retry.jitter": "yes", "retry.auto_disable": "yes",
@@ -108,7 +108,7 @@ def test_defaults() -> None:
     ("threads = 3\n", 1, ["section"]),
     ("[server]\nnonsense\n", 2, []),
     ("[gemini]\nbase_url = http://gemini.example\n", 2, ["base_url", "https://"]),
-    ("[auth]\nmode = bearer\n", 2, ["bearer is not available"]),
+    ("[auth]\nmode = basic\n", 2, ["mode", "bearer"]),
     ("[store]\ndriver = oracle\n", 2, ["driver", "sqlite", "mssql"]),
     ("[store]\ndriver = mssql\nserver = db.example:1433\nconnection_file = /dev/null\n", 3,
      ["server", "connection_file says that already"]),
@@ -130,9 +130,10 @@ def test_faulty_file_is_refused(tmp_path: Path, text: str, line: int, words: lis
     ("EXTRACT_SERVER_THREAD", "3", ["unknown variable", "EXTRACT_SERVER_THREADS"]),
     ("EXTRACT_NONSENSE", "3", ["unknown variable"]),
     ("EXTRACT_SERVER_THREADS", "many", ["1024"]),
-    ("EXTRACT_AUTH_MODE", "bearer", ["not available"]),
+    ("EXTRACT_AUTH_MODE", "basic", ["bearer"]),
+    ("EXTRACT_AUTH_KEY_RATE", "-1", ["0"]),
     ("EXTRACT_STORE_DRIVER", "oracle", ["sqlite", "mssql"]),
-    ("EXTRACT_SEAL_KEY_FILE", "/dev/null", []),
+    ("EXTRACT_SEAL_KEY_FILE", "/nowhere/seal.key", ["/nowhere/seal.key"]),
     ("EXTRACT_RETRY_INITIAL_DELAY", "60", ["initial_delay", "max_delay"]),
 ])
 def test_faulty_variable_is_refused(name: str, value: str, words: list[str]) -> None:
@@ -155,10 +156,12 @@ def test_mssql_needs_to_know_its_server(missing: str) -> None:
         assert "connection_file" in refused.stderr
 
 
-def test_seal_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode, says", [(0o600, "line 1 is not the base64 of 32 bytes"), (0o644, "open to every user")])
+def test_faulty_sealing_key_is_refused(tmp_path: Path, mode: int, says: str) -> None:
     (tmp_path / "key").write_text("0123456789abcdef")
-    refused = run(SERVICE, "--check-config", env={"EXTRACT_SEAL_KEY_FILE": str(tmp_path / "key")})
-    assert refused.returncode == 1 and "EXTRACT_SEAL_KEY_FILE: sealing is not available" in refused.stderr
+    (tmp_path / "key").chmod(mode)
+    said = start_refused(tmp_path, EXTRACT_SEAL_KEY_FILE=str(tmp_path / "key"))
+    assert f"seal.key_file: {tmp_path}/key " in said and says in said and "0123456789" not in said
 
 
 def test_missing_file_is_refused() -> None:
@@ -323,7 +326,7 @@ def test_serves_with_variables_spawn_fcgi_and_any_nginx(plain_front: int, emulat
     ["token", "set-limit", "1", "5", "--threshold", "2"], ["token", "set-limit", "1", "5", "--threshold", "0"],
     ["usage", "--by", "week"], ["usage", "--since", "yesterday"], ["usage", "--since", "2026-02-31"],
     ["usage", "--nonsense"], ["logs", "--rows", "0"], ["logs", "--request"], ["usage", "--by", "day", "--by", "user"],
-    ["token", "list", "--company", " blank"], ["client-key", "list"], ["seal"],
+    ["token", "list", "--company", " blank"], ["client-key", "add"], ["client-key", "revoke"], ["seal"],
 ], ids=" ".join)
 def test_ctl_wrong_usage(tmp_path: Path, arguments: list[str]) -> None:
     """Exit status 2, a line that says why, and no store was made."""
@@ -367,8 +370,8 @@ def test_migrate(tmp_path: Path) -> None:
     assert refused.returncode == 3 and "extractctl migrate" in refused.stderr
     for _ in range(2):
         done = run(CTL, "migrate", "--json", env=env)
-        assert (done.returncode, json.loads(done.stdout)) == (0, [{"SchemaVersion": 2}])
-    assert re.fullmatch(r"SchemaVersion\s*\n\s*2\s*\n", run(CTL, "migrate", env=env).stdout)
+        assert (done.returncode, json.loads(done.stdout)) == (0, [{"SchemaVersion": 3}])
+    assert re.fullmatch(r"SchemaVersion\s*\n\s*3\s*\n", run(CTL, "migrate", env=env).stdout)
     assert (tmp_path / "store.db").stat().st_mode & 0o777 == 0o600
     listed = run(CTL, "token", "list", "--json", env=env)
     assert (listed.returncode, json.loads(listed.stdout)) == (0, [])
@@ -567,9 +570,9 @@ def test_reservations(stack: Stack, emulator: Emulator, crowd: Any, history: dic
 
 def test_outbox(stack: Stack) -> None:
     """Empty where the store was always there."""
-    assert listed(stack, "outbox", "status") == [{"Waiting": 0, "Dead": 0, "OldestSeconds": 0}]
-    assert listed(stack, "outbox", "drain") == [{"Replayed": 0, "Waiting": 0, "Dead": 0}]
-    assert stack.ctl("outbox", "status").stdout.split() == ["Waiting", "Dead", "OldestSeconds", "0", "0", "0"]
+    assert listed(stack, "outbox", "status") == [{"Waiting": 0, "Records": 0, "Dead": 0, "OldestSeconds": 0}]
+    assert listed(stack, "outbox", "drain") == [{"Replayed": 0, "Waiting": 0, "Records": 0, "Dead": 0}]
+    assert stack.ctl("outbox", "status").stdout.split() == ["Waiting", "Records", "Dead", "OldestSeconds", "0", "0", "0", "0"]
 
 
 def test_key_is_never_shown(stack: Stack, emulator: Emulator, company: str, pdf: bytes) -> None:

@@ -151,6 +151,7 @@ def test_rows_of_a_failure(stack: Stack, emulator: Emulator, company: str, pdf: 
     [row] = log_entries(stack, answer)
     assert is_line_of("extract.c", "log_end", row["LineNumber"])
     assert re.fullmatch(rf"upstream_rejected: company={company} user=bo attempts=1 tokens=0 ms=\d+ "
+                        rf"peer=127\.0\.0\.1 "
                         rf"proxy_request_id={nginx_request_id(stack, answer)}", row["Message"])
     assert row["Exception"] == f"HTTP 404 NOT_FOUND: {said}"
     assert (row["LogLevel"], row["Logger"], row["Module"], row["FunctionName"]) \

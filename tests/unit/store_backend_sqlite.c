@@ -26,6 +26,7 @@ void backend_make_directory(void)
     assert_non_null(mkdtemp(fixture.directory));
     fixture.config = (struct config){0};
     fixture.config.server.state_dir = fixture.directory;
+    fixture.config.seal.key_file = (char *)(uintptr_t) "";
     fixture.config.server.runtime_dir = fixture.directory;
     fixture.config.store.path = empty;
     fixture.config.store.server = empty;

@@ -168,7 +168,8 @@ static void test_defaults(void **state)
     assert_string_equal(c->server.state_dir, "/var/lib/extract-fcgi");
     assert_string_equal(c->server.runtime_dir, "/run/extract-fcgi");
     assert_string_equal(c->server.body_file_dir, "");
-    assert_int_equal(c->auth.mode, AUTH_NONE);
+    assert_int_equal(c->auth.mode, AUTH_BEARER);
+    assert_int_equal(c->auth.key_rate, 6000);
     assert_int_equal(c->auth.offline_grace_ms, 3600000);
     assert_string_equal(c->gemini.base_url, "https://generativelanguage.googleapis.com");
     assert_string_equal(c->gemini.model, "gemini-3.5-flash");
@@ -596,8 +597,6 @@ static void test_environment_errors(void **state)
         {"EXTRACT_STORE_USER", ";b",
          "EXTRACT_STORE_USER: must not have a ; at its begin or after a space: that begins a "
          "comment"},
-        {"EXTRACT_AUTH_MODE", "bearer",
-         "EXTRACT_AUTH_MODE: bearer is not available in this version"},
         {"EXTRACT_STORE_DRIVER", "mssql",
          "[store] server (default): driver = mssql needs server, database, user and "
          "password_file, or connection_file"},
@@ -629,15 +628,6 @@ static void test_empty_text_is_unset(void **state)
 }
 
 /* ---- what values say together ---- */
-
-static void test_not_available(void **state)
-{
-    (void)state;
-    expect_refusal("[auth]\nmode = bearer\n",
-                   ":2: [auth] mode: bearer is not available in this version");
-    expect_refusal("[seal]\nkey_file = /dev/null\n",
-                   ":2: [seal] key_file: sealing is not available in this version");
-}
 
 static void test_mssql(void **state)
 {
@@ -1043,7 +1033,6 @@ int main(void)
         cmocka_unit_test_setup(test_environment_does_not_hide_the_file, set_up),
         cmocka_unit_test_setup(test_environment_errors, set_up),
         cmocka_unit_test_setup(test_empty_text_is_unset, set_up),
-        cmocka_unit_test_setup(test_not_available, set_up),
         cmocka_unit_test_setup(test_mssql, set_up),
         cmocka_unit_test_setup(test_delays, set_up),
         cmocka_unit_test_setup(test_files, set_up),

@@ -1202,7 +1202,7 @@ static void records_entries_and_attempts(void **state)
     struct store_retry_attempt broken = {.attempt = 1, .request_id = ID(2), .company_id = "NT047"};
     const struct store_retry_attempt *attempts[] = {&answered, &broken};
 
-    assert_int_equal(ERR_NONE, driver->record(store, entries, 2, attempts, 2, &err));
+    assert_int_equal(ERR_NONE, driver->record(store, entries, 2, attempts, 2, false, &err));
     expect("2026-11-22T12:13:21.123Z|CRITICAL|gemini|naïve|because|gemini.c|call|42|" ID(1),
            "SELECT Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName,"
            " LineNumber, RequestID FROM ApplicationLogs WHERE LogID = 1");
@@ -1214,7 +1214,7 @@ static void records_entries_and_attempts(void **state)
            " StatusCode, DelayMs FROM RetryAttempts WHERE RetryID = 1");
     expect("NULL|0|NULL|0", "SELECT TokenID, IsRetryable, StatusCode, DelayMs FROM RetryAttempts"
                             " WHERE RetryID = 2");
-    assert_int_equal(ERR_NONE, driver->record(store, NULL, 0, NULL, 0, &err));
+    assert_int_equal(ERR_NONE, driver->record(store, NULL, 0, NULL, 0, false, &err));
     expect("2", "SELECT COUNT(*) FROM vw_FailedRetries");
     sql("UPDATE ApplicationLogs SET Timestamp = %s", backend->in_an_hour);
     expect("1", "SELECT COUNT(*) FROM vw_RecentErrors");
@@ -1697,7 +1697,7 @@ static void shows_logs_and_the_rest(void **state)
                                      .request_id = ID(2),
                                      .company_id = "Other"};
     const struct store_retry_attempt *attempts[] = {&r1, &r2};
-    assert_int_equal(ERR_NONE, driver->record(store, entries, 3, attempts, 2, &err));
+    assert_int_equal(ERR_NONE, driver->record(store, entries, 3, attempts, 2, false, &err));
     int64_t id = add_token("NT047", -1);
     struct store_acquire open = an_acquire(ID(1), "NT047");
     assert_int_equal(GRANT_TOKEN, acquire(&open));
@@ -1768,7 +1768,7 @@ static void expect_kept(const char *message, const char *exception)
     struct one_entry wanted = {.message = message, .exception = exception};
     const struct store_filter newest = {.limit = 1};
 
-    if (driver->record(store, entries, 1, NULL, 0, &err) != ERR_NONE ||
+    if (driver->record(store, entries, 1, NULL, 0, false, &err) != ERR_NONE ||
         driver->query(store, VIEW_LOGS, &newest, compare_entry, &wanted, &err) != ERR_NONE)
         fail_msg("%.40s: %s", message, err.message);
     if (!wanted.equal)
@@ -2012,6 +2012,795 @@ static void threads_share_a_store(void **state)
     expect("800", "SELECT ReservedTokens FROM TokenUsageSummary");
 }
 
+/* ---- idempotency keys ---- */
+
+#define COUNT_KEYS "SELECT COUNT(*) FROM IdempotencyKeys"
+#define THE_KEYS "SELECT CompanyID, IdempotencyKey, RequestID, State FROM IdempotencyKeys"
+
+static struct store_acquire a_keyed(const char *request_id, const char *company, const char *key)
+{
+    struct store_acquire a = an_acquire(request_id, company);
+    a.idempotency_key = key;
+    return a;
+}
+
+/* Another request's: nothing is granted, and the first is named. */
+static void expect_duplicate(struct store_acquire *a, const char *first, bool done)
+{
+    assert_int_equal(GRANT_DUPLICATE, acquire(a));
+    assert_string_equal(first, a->first_request_id);
+    assert_true(done == a->first_is_done);
+    assert_int_equal(0, a->token_id);
+    assert_string_equal("", a->api_key);
+}
+
+static void settle_key_of(const char *request_id, int64_t token_id,
+                          enum store_idempotency idempotency)
+{
+    struct store_settlement s = a_settlement(request_id, token_id, 5);
+    s.request_count = idempotency == STORE_KEY_DONE;
+    s.idempotency = idempotency;
+    settle(&s);
+}
+
+static void a_request_takes_its_key_with_a_token(void **state)
+{
+    (void)state;
+    char earliest[CLOCK_TEXT_SIZE];
+    char latest[CLOCK_TEXT_SIZE];
+    char text[64];
+    add_token("NT047", -1);
+    struct store_acquire a = a_keyed(ID(1), "nt047", "Order-7");
+    clock_format(clock_wall_ms() + STORE_IDEMPOTENCY_MS, earliest);
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    clock_format(clock_wall_ms() + STORE_IDEMPOTENCY_MS, latest);
+    assert_string_equal("", a.first_request_id);
+    expect("NT047|Order-7|" ID(1) "|in_progress", THE_KEYS);
+    backend->row("SELECT ExpiresAt FROM IdempotencyKeys", text, sizeof text);
+    assert_true(strcmp(earliest, text) <= 0 && strcmp(text, latest) <= 0);
+
+    /* its own: the same acquire again, and the next */
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a.sequence = 2;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("1", COUNT_KEYS);
+    struct store_acquire other = a_keyed(ID(2), "NT047", "Order-7");
+    expect_duplicate(&other, ID(1), false);
+    expect("2", "SELECT COUNT(*) FROM TokenReservations");
+    settle_key_of(ID(1), 1, STORE_KEY_DONE);
+    expect_duplicate(&other, ID(1), true);
+
+    /* other keys: case counts; and none at all */
+    other = a_keyed(ID(2), "NT047", "order-7");
+    assert_int_equal(GRANT_TOKEN, acquire(&other));
+    other = a_keyed(ID(3), "NT047", NULL);
+    assert_int_equal(GRANT_TOKEN, acquire(&other));
+    expect("2", COUNT_KEYS);
+    expect_sums();
+}
+
+static void a_key_is_of_its_company(void **state)
+{
+    (void)state;
+    add_token("Müller GmbH", -1);
+    add_token("ΟΔΟΣ", -1);
+    struct store_acquire a = a_keyed(ID(1), "MÜLLER gmbh", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("Müller GmbH", "SELECT CompanyID FROM IdempotencyKeys");
+    a = a_keyed(ID(2), "οδος", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a = a_keyed(ID(3), "müller gmbh", "k");
+    expect_duplicate(&a, ID(1), false);
+    a = a_keyed(ID(3), "Οδος", "k");
+    expect_duplicate(&a, ID(2), false);
+    expect("2", COUNT_KEYS);
+    /* none of its tokens is Active any more; and then a newer one, in another spelling */
+    sql("UPDATE TokenMaster SET Status = 'Expired'");
+    a = a_keyed(ID(3), "müller GMBH", "k");
+    expect_duplicate(&a, ID(1), false);
+    add_token("Müller GMBH", -1);
+    expect_duplicate(&a, ID(1), false);
+}
+
+static void a_key_that_spent_nothing_may_come_again(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", -1);
+    struct store_acquire a = a_keyed(ID(1), "NT047", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    settle_key_of(ID(2), id, STORE_KEY_FREE); /* not its request */
+    settle_key_of(ID(2), id, STORE_KEY_DONE);
+    settle_key_of(ID(1), id, STORE_KEY_NONE);
+    expect("NT047|k|" ID(1) "|in_progress", THE_KEYS);
+    settle_key_of(ID(1), id, STORE_KEY_FREE);
+    expect("0", COUNT_KEYS);
+    a = a_keyed(ID(3), "NT047", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+
+    /* done, and stays so; also where the usage row came before */
+    settle_for(ID(3), id, "NT047", "b", "u", 5, T0);
+    settle_key_of(ID(3), id, STORE_KEY_DONE);
+    expect("NT047|k|" ID(3) "|done", THE_KEYS);
+    settle_key_of(ID(3), id, STORE_KEY_FREE);
+    expect("NT047|k|" ID(3) "|done", THE_KEYS);
+    expect("2", "SELECT COUNT(*) FROM TokenUsageLogs");
+    expect_sums();
+}
+
+static void a_key_is_kept_for_a_day(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", -1);
+    struct store_acquire a = a_keyed(ID(1), "NT047", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    settle_key_of(ID(1), id, STORE_KEY_DONE);
+    sql("UPDATE IdempotencyKeys SET ExpiresAt = %s, CreatedAt = '2020-01-01T00:00:00.000Z'",
+        backend->a_minute_ago);
+    a = a_keyed(ID(2), "nt047", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("NT047|k|" ID(2) "|in_progress", THE_KEYS);
+    expect("0", COUNT_KEYS " WHERE ExpiresAt < %s OR CreatedAt < %s", backend->in_an_hour,
+           backend->a_minute_ago);
+    a = a_keyed(ID(3), "NT047", "k");
+    expect_duplicate(&a, ID(2), false);
+    settle_key_of(ID(1), id, STORE_KEY_FREE);
+    expect("1", COUNT_KEYS);
+    /* one's own that is over: another day of it */
+    sql("UPDATE IdempotencyKeys SET ExpiresAt = %s", backend->a_minute_ago);
+    a = a_keyed(ID(2), "NT047", "k");
+    a.sequence = 2;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect("1", COUNT_KEYS " WHERE ExpiresAt > %s", backend->in_an_hour);
+}
+
+static void a_refused_request_keeps_no_key(void **state)
+{
+    (void)state;
+    struct store_acquire a = a_keyed(ID(1), "Nobody", "k");
+    assert_int_equal(GRANT_NO_TOKEN, acquire(&a));
+    int64_t id = add_token("NT047", 100);
+    struct store_acquire first = an_acquire(ID(2), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&first));
+    a = a_keyed(ID(3), "NT047", "k");
+    assert_int_equal(GRANT_BUSY, acquire(&a));
+    sql("UPDATE TokenMaster SET CooldownUntil = %s", backend->in_an_hour);
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+    sql("UPDATE TokenMaster SET Status = 'Expired'");
+    assert_int_equal(GRANT_EXPIRED, acquire(&a));
+    expect("0", COUNT_KEYS);
+    /* the fallback key is as good as a token */
+    a.fallback_if_none = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_int_equal(0, a.token_id);
+    expect("NT047|k|" ID(3) "|in_progress", THE_KEYS);
+
+    static const char *const bad[] = {
+        "", "1234567890123456789012345678901234567890123456789012345678901234"
+            "12345678901234567890123456789012345678901234567890123456789012345"};
+    for (size_t i = 0; i < 2; i++) {
+        struct err err = {0};
+        struct store_acquire *item = &a;
+        a = a_keyed(ID(4), "NT047", bad[i]);
+        assert_int_equal(ERR_NONE, driver->acquire(store, &item, 1, &err));
+        assert_int_equal(ERR_BAD_VALUE, a.code);
+    }
+    sql("UPDATE TokenMaster SET Status = 'Active', CooldownUntil = NULL, TotalTokenLimit = NULL"
+        " WHERE TokenID = %lld",
+        (long long)id);
+    a = a_keyed(ID(4), "NT047", bad[1] + 1); /* 128 */
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    if (!backend->unescapes_json())
+        return;
+    a = a_keyed(ID(5), "NT047", "\\ \"'%_[a]{}~!");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a = a_keyed(ID(6), "NT047", "\\ \"'%_[a]{}~!");
+    expect_duplicate(&a, ID(5), false);
+}
+
+/* What became of the token before is on record all the same. */
+static void a_duplicate_brings_its_fault(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", -1);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_acquire first = a_keyed(ID(2), "NT047", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&first));
+    a = a_keyed(ID(1), "NT047", "k");
+    a.sequence = 2;
+    a.previous_token_id = id;
+    a.previous = (struct store_token_fault){STORE_FAULT_COOLDOWN, 60000, "slow down"};
+    expect_duplicate(&a, ID(2), false);
+    expect("slow down|1", "SELECT StatusReason, " IS_SET("CooldownUntil") " FROM TokenMaster");
+    expect("released", "SELECT State FROM TokenReservations WHERE RequestID = '" ID(1) "'");
+    expect("100", "SELECT ReservedTokens FROM TokenUsageSummary");
+    expect_sums();
+}
+
+static void a_batch_pays_once_for_a_key(void **state)
+{
+    (void)state;
+    static const char *const ids[] = {ID(1), ID(2), ID(2), ID(3), ID(4)};
+    static const char *const keys[] = {"k", "k", NULL, "other", "other"};
+    struct store_acquire items[5];
+    struct store_acquire *pointers[5];
+    struct err err = {0};
+    add_token("NT047", 200);
+    for (size_t i = 0; i < 5; i++) {
+        items[i] = a_keyed(ids[i], i == 3 ? "Nobody" : "nt047", keys[i]);
+        items[i].sequence = i == 2 ? 2 : 1;
+        pointers[i] = &items[i];
+    }
+    assert_int_equal(ERR_NONE, driver->acquire(store, pointers, 5, &err));
+    assert_int_equal(GRANT_TOKEN, items[0].grant);
+    assert_int_equal(GRANT_DUPLICATE, items[1].grant);
+    assert_string_equal(ID(1), items[1].first_request_id);
+    assert_false(items[1].first_is_done);
+    assert_int_equal(GRANT_TOKEN, items[2].grant);
+    assert_int_equal(GRANT_NO_TOKEN, items[3].grant);
+    assert_int_equal(GRANT_BUSY, items[4].grant);
+    expect("NT047|k|" ID(1) "|in_progress", THE_KEYS);
+    expect("2|1", "SELECT COUNT(*), (" COUNT_KEYS ") FROM TokenReservations");
+
+    /* one request's two acquires; two keys at once */
+    sql("UPDATE TokenMaster SET TotalTokenLimit = NULL");
+    for (size_t i = 0; i < 4; i++) {
+        items[i] = a_keyed(i < 2 ? ID(5) : ids[i], "NT047", i < 3 ? "k2" : "k3");
+        items[i].sequence = i == 1 ? 2 : 1;
+    }
+    items[2].request_id = ID(6);
+    assert_int_equal(ERR_NONE, driver->acquire(store, pointers, 4, &err));
+    assert_int_equal(GRANT_TOKEN, items[0].grant);
+    assert_int_equal(GRANT_TOKEN, items[1].grant);
+    assert_int_equal(GRANT_DUPLICATE, items[2].grant);
+    assert_string_equal(ID(5), items[2].first_request_id);
+    assert_int_equal(GRANT_TOKEN, items[3].grant);
+    expect("3", COUNT_KEYS);
+    expect_sums();
+}
+
+/* Its tokens are spent: it is reserved, whoever has the key. */
+static void what_is_replayed_takes_no_key_from_others(void **state)
+{
+    (void)state;
+    add_token("NT047", -1);
+    struct store_acquire a = a_keyed(ID(1), "NT047", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_acquire late = a_keyed(ID(2), "nt047", "k");
+    late.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&late));
+    assert_int_equal(0, late.token_id);
+    expect("NT047|k|" ID(1) "|in_progress", THE_KEYS);
+    settle_key_of(ID(2), 0, STORE_KEY_DONE);
+    expect("NT047|k|" ID(1) "|in_progress", THE_KEYS);
+
+    late = a_keyed(ID(3), "nt047", "late");
+    late.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&late));
+    expect("NT047|" ID(3),
+           "SELECT CompanyID, RequestID FROM IdempotencyKeys WHERE IdempotencyKey = 'late'");
+    a = a_keyed(ID(4), "NT047", "late");
+    expect_duplicate(&a, ID(3), false);
+    sql("UPDATE IdempotencyKeys SET ExpiresAt = %s", backend->a_minute_ago);
+    late = a_keyed(ID(5), "NT047", "k");
+    late.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&late));
+    expect(ID(5), "SELECT RequestID FROM IdempotencyKeys WHERE IdempotencyKey = 'k'");
+}
+
+static void keys_of_the_dead_are_done_and_old_ones_go(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int expired = -1;
+    add_token("NT047", -1);
+    struct store_acquire a = a_keyed(ID(1), "NT047", "dead");
+    a.expires_ms = 0;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a = a_keyed(ID(2), "NT047", "dead too");
+    a.expires_ms = 0;
+    a.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a = a_keyed(ID(3), "NT047", "alive");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a = a_keyed(ID(4), "NT047", "old");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    sql("UPDATE IdempotencyKeys SET ExpiresAt = %s WHERE IdempotencyKey = 'old'",
+        backend->a_minute_ago);
+    sql("UPDATE TokenReservations SET ExpiresAt = %s WHERE RequestID IN ('" ID(1) "', '" ID(2) "')",
+        backend->a_minute_ago);
+    assert_int_equal(ERR_NONE, driver->expire_reservations(store, &expired, &err));
+    assert_int_equal(2, expired);
+    expect("3|2",
+           "SELECT COUNT(*), SUM(CASE State WHEN 'done' THEN 1 ELSE 0 END) FROM IdempotencyKeys");
+    expect(ID(3), "SELECT RequestID FROM IdempotencyKeys WHERE State = 'in_progress'");
+    a = a_keyed(ID(5), "NT047", "dead");
+    expect_duplicate(&a, ID(1), true);
+    assert_int_equal(ERR_NONE, driver->expire_reservations(store, &expired, &err));
+    assert_int_equal(0, expired);
+    /* nothing but a key that is over */
+    sql("UPDATE IdempotencyKeys SET ExpiresAt = %s WHERE State = 'done'", backend->a_minute_ago);
+    assert_int_equal(ERR_NONE, driver->expire_reservations(store, &expired, &err));
+    assert_int_equal(0, expired);
+    expect("1", COUNT_KEYS);
+}
+
+static void threads_pay_once_for_a_key(void **state)
+{
+    (void)state;
+    pthread_t threads[8];
+    struct store_acquire items[8];
+    char ids[8][UUID_TEXT_SIZE];
+    add_token("NT047", -1);
+    sql("INSERT INTO IdempotencyKeys (CompanyID, IdempotencyKey, RequestID, ExpiresAt)"
+        " VALUES ('NT047', 'round 1', 'of yesterday', %s)",
+        backend->a_minute_ago);
+    for (int round = 0; round < 3; round++) {
+        char key[16];
+        int winner = -1;
+        snprintf(key, sizeof key, "round %d", round);
+        for (int i = 0; i < 8; i++) {
+            uuid_v7(ids[i]);
+            items[i] = a_keyed(ids[i], "NT047", key);
+            assert_int_equal(0, pthread_create(&threads[i], NULL, acquire_in_thread, &items[i]));
+        }
+        for (int i = 0; i < 8; i++) {
+            void *done = NULL;
+            pthread_join(threads[i], &done);
+            assert_ptr_equal(&items[i], done);
+            assert_int_equal(ERR_NONE, items[i].code);
+            assert_true(items[i].grant == GRANT_TOKEN || items[i].grant == GRANT_DUPLICATE);
+            assert_true(items[i].grant == GRANT_DUPLICATE || winner < 0);
+            winner = items[i].grant == GRANT_TOKEN ? i : winner;
+        }
+        assert_true(winner >= 0);
+        for (int i = 0; i < 8; i++)
+            if (i != winner)
+                assert_string_equal(ids[winner], items[i].first_request_id);
+    }
+    expect("3|300", "SELECT COUNT(*), SUM(EstimatedTokens) FROM TokenReservations");
+    expect_sums();
+}
+
+/* ---- acquires whose answer nobody heard ---- */
+
+#define SEQUENCE_2                                                                \
+    "SELECT State, TokenID, EstimatedTokens, UnknownCalls, " IS_SET(              \
+        "ClosedAt") ","                                                           \
+                    " TokenSource FROM TokenReservations WHERE RequestID = '" ID( \
+                        1) "' AND Sequence = 2"
+
+static struct store_settlement a_release(const char *request_id, int sequence)
+{
+    return (struct store_settlement){.request_id = request_id,
+                                     .company_id = "nt047",
+                                     .branch = "Köln",
+                                     .requested_by = "jürgen",
+                                     .token_source = "fallback",
+                                     .release_sequence = sequence};
+}
+
+static void an_acquire_that_nobody_heard_of_is_released(void **state)
+{
+    (void)state;
+    int64_t id = add_token("NT047", 1000);
+    struct store_settlement s = a_release(ID(1), 2);
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    a.sequence = 2;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    for (int i = 0; i < 2; i++) {
+        settle(&s);
+        expect("released|1|100|0|1|store", SEQUENCE_2);
+        expect("100|0", "SELECT ReservedTokens, TotalUsedTokens FROM TokenUsageSummary");
+    }
+    expect("open", "SELECT State FROM TokenReservations WHERE Sequence = 1");
+    expect("0", "SELECT COUNT(*) FROM TokenUsageLogs");
+
+    /* of the fallback key; one that was given up as dead; one that was settled stays */
+    a = an_acquire(ID(2), "NT047");
+    a.fallback_only = true;
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    s = a_release(ID(2), 1);
+    settle(&s);
+    expect("released|1", "SELECT State, " IS_SET(
+                             "ClosedAt") " FROM TokenReservations WHERE RequestID = '" ID(2) "'");
+    struct err err = {0};
+    int expired = 0;
+    a = an_acquire(ID(3), "NT047");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    sql("UPDATE TokenReservations SET ExpiresAt = %s WHERE RequestID = '" ID(3) "'",
+        backend->a_minute_ago);
+    assert_int_equal(ERR_NONE, driver->expire_reservations(store, &expired, &err));
+    expect("unsettled|1|100",
+           "SELECT r.State, r.UnknownCalls, s.ReservedTokens FROM TokenReservations r"
+           " JOIN TokenUsageSummary s ON s.TokenID = r.TokenID WHERE r.RequestID = '" ID(3) "'");
+    s = a_release(ID(3), 1);
+    settle(&s);
+    expect("released|0|100",
+           "SELECT r.State, r.UnknownCalls, s.ReservedTokens FROM TokenReservations r"
+           " JOIN TokenUsageSummary s ON s.TokenID = r.TokenID WHERE r.RequestID = '" ID(3) "'");
+    settle_for(ID(1), id, "NT047", "b", "u", 7, T0);
+    s = a_release(ID(1), 1);
+    settle(&s);
+    expect("settled",
+           "SELECT State FROM TokenReservations WHERE RequestID = '" ID(1) "' AND Sequence = 1");
+    expect("0|7", "SELECT ReservedTokens, TotalUsedTokens FROM TokenUsageSummary");
+    expect_sums();
+}
+
+static void a_late_acquire_that_nobody_waits_for_reserves_nothing(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    add_token("NT047", 1000);
+    /* twice in one batch, with another's */
+    struct store_settlement items[3] = {a_release(ID(1), 2), a_release(ID(1), 2),
+                                        a_release(ID(2), 1)};
+    struct store_settlement *pointers[3] = {&items[0], &items[1], &items[2]};
+    items[2].idempotency = STORE_KEY_FREE;
+    assert_int_equal(ERR_NONE, driver->settle(store, pointers, 3, &err));
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(ERR_NONE, items[i].code);
+    for (int i = 0; i < 2; i++) {
+        struct store_settlement s = a_release(ID(1), 2);
+        struct store_acquire late = a_keyed(ID(1), "NT047", "k");
+        late.sequence = 2;
+        expect("released|NULL|0|0|1|fallback", SEQUENCE_2);
+        assert_int_equal(GRANT_TOKEN, acquire(&late));
+        assert_int_equal(0, late.token_id);
+        assert_string_equal("", late.api_key);
+        settle(&s);
+    }
+    expect("nt047|Köln|jürgen",
+           "SELECT CompanyID, Branch, RequestedBy FROM TokenReservations WHERE Sequence = 2");
+    expect(log_host(), "SELECT Host FROM TokenReservations WHERE Sequence = 2");
+    expect("2|0", "SELECT COUNT(*), (" COUNT_KEYS ") FROM TokenReservations");
+    expect("0", "SELECT SUM(ReservedTokens) FROM TokenUsageSummary");
+    expect("0", "SELECT COUNT(*) FROM vw_UnsettledRequests");
+    expect("released|1", "SELECT State, " IS_SET("ClosedAt") " FROM TokenReservations"
+                                                             " WHERE RequestID = '" ID(2) "'");
+    /* the next of the same request does */
+    struct store_acquire next = an_acquire(ID(1), "NT047");
+    next.sequence = 3;
+    assert_int_equal(GRANT_TOKEN, acquire(&next));
+    assert_int_equal(1, next.token_id);
+    expect("100", "SELECT ReservedTokens FROM TokenUsageSummary");
+
+    struct store_settlement bad = a_release(ID(1), -1);
+    struct store_settlement *item = &bad;
+    assert_int_equal(ERR_NONE, driver->settle(store, &item, 1, &err));
+    assert_int_equal(ERR_BAD_VALUE, bad.code);
+}
+
+/* The key goes with what is released. */
+static void a_released_acquire_frees_its_key(void **state)
+{
+    (void)state;
+    add_token("NT047", -1);
+    struct store_acquire a = a_keyed(ID(1), "NT047", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    struct store_settlement s = a_release(ID(1), 1);
+    s.idempotency = STORE_KEY_FREE;
+    settle(&s);
+    expect("0|0", "SELECT COUNT(*), (SELECT SUM(ReservedTokens) FROM TokenUsageSummary) FROM "
+                  "IdempotencyKeys");
+    a = a_keyed(ID(2), "NT047", "k");
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    expect_sums();
+}
+
+/* ---- records that may have been kept already ---- */
+
+static void records_that_come_again_are_kept_once(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct log_entry of_request = {.wall_ms = T0,
+                                   .level = LOG_ERROR,
+                                   .logger = "gemini",
+                                   .message = "naïve 漢字",
+                                   .exception = "because",
+                                   .module = "gemini.c",
+                                   .function = "call",
+                                   .line = 42,
+                                   .request_id = ID(1)};
+    struct log_entry of_none = {.wall_ms = T0,
+                                .level = LOG_INFO,
+                                .logger = "main",
+                                .message = "up",
+                                .module = "main.c",
+                                .line = 7};
+    struct log_entry new_ones[6] = {of_request, of_request, of_request,
+                                    of_request, of_request, of_none};
+    struct log_entry *entries[8] = {&of_request, &of_none};
+    struct store_retry_attempt known = {.wall_ms = T0,
+                                        .attempt = 1,
+                                        .request_id = ID(1),
+                                        .company_id = "NT047",
+                                        .error_message = "x"};
+    struct store_retry_attempt new_attempts[3] = {known, known, known};
+    const struct store_retry_attempt *attempts[4] = {&known};
+
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(ERR_NONE, driver->record(store, entries, 2, attempts, 1, i > 0, &err));
+        expect("2|1", "SELECT COUNT(*), (SELECT COUNT(*) FROM RetryAttempts) FROM ApplicationLogs");
+    }
+    /* each differs in one thing */
+    new_ones[0].wall_ms++;
+    new_ones[1].message = "Naïve 漢字";
+    new_ones[2].module = "extract.c";
+    new_ones[3].line++;
+    new_ones[4].request_id = NULL;
+    new_ones[5].request_id = ID(2);
+    new_attempts[0].wall_ms++;
+    new_attempts[1].attempt++;
+    memcpy(new_attempts[2].request_id, ID(2), sizeof ID(2));
+    for (int i = 0; i < 6; i++)
+        entries[2 + i] = &new_ones[i];
+    for (int i = 0; i < 3; i++)
+        attempts[1 + i] = &new_attempts[i];
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(ERR_NONE, driver->record(store, entries, 8, attempts, 4, true, &err));
+        expect("8|4", "SELECT COUNT(*), (SELECT COUNT(*) FROM RetryAttempts) FROM ApplicationLogs");
+    }
+    expect("1",
+           "SELECT COUNT(*) FROM ApplicationLogs WHERE Module = 'main.c' AND RequestID IS NULL");
+    /* without again nobody looks */
+    assert_int_equal(ERR_NONE, driver->record(store, entries, 1, attempts, 1, false, &err));
+    expect("9|5", "SELECT COUNT(*), (SELECT COUNT(*) FROM RetryAttempts) FROM ApplicationLogs");
+}
+
+/* ---- client keys ---- */
+
+#define HASH(c)                                                     \
+    c c c c c c c c c c c c c c c c c c c c c c c c c c c c c c c c \
+        "0123456789abcdef0123456789abcdef"
+
+static enum err_code add_client_key(const char *id, const char *hash, const char *company,
+                                    const char *label)
+{
+    struct err err = {0};
+    const struct store_new_client_key key = {
+        .id = id, .hash = hash, .company_id = company, .label = label};
+    enum err_code code = driver->client_key_add(store, "anna", &key, &err);
+    assert_int_equal(code, err.code);
+    return code;
+}
+
+static void knows_client_keys_by_their_hash(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct store_client_key key = {.id = "?"};
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->client_key_find(store, HASH("a"), &key, &err));
+    assert_int_equal(ERR_NONE, add_client_key("c0ffee", HASH("a"), "Müller GmbH", "front end ü"));
+    assert_int_equal(ERR_NONE,
+                     add_client_key("0123456789abcdef0123456789abcdef", HASH("b"), NULL, NULL));
+    expect("c0ffee|" HASH("a") "|Müller GmbH|0|front end ü|NULL",
+           "SELECT ClientKeyID, KeyHash, CompanyID, IsAdmin, Label, RevokedAt FROM ClientKeys "
+           "WHERE CompanyID IS NOT NULL");
+    assert_int_equal(ERR_NONE, driver->client_key_find(store, HASH("a"), &key, &err));
+    assert_string_equal("c0ffee", key.id);
+    assert_string_equal("Müller GmbH", key.company_id);
+    assert_false(key.is_admin);
+    assert_int_equal(ERR_NONE, driver->client_key_find(store, HASH("b"), &key, &err));
+    assert_string_equal("0123456789abcdef0123456789abcdef", key.id);
+    assert_string_equal("", key.company_id);
+    assert_true(key.is_admin);
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->client_key_find(store, HASH("c"), &key, &err));
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->client_key_find(store, "' OR 1 = 1", &key, &err));
+    expect("anna|client key added|ClientKeys|c0ffee|Müller GmbH|NULL|front end ü",
+           "SELECT Actor, Action, ObjectType, ObjectID, CompanyID, RequestID, Detail FROM AuditLog "
+           "WHERE AuditID = 1");
+    expect("NULL|NULL", "SELECT CompanyID, Detail FROM AuditLog WHERE AuditID = 2");
+    expect("0", "SELECT COUNT(*) FROM AuditLog WHERE Detail LIKE '%%0123456789%%'");
+
+    /* there already; or no such thing */
+    static const char sixty_five[] = HASH("a") "0";
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("c0ffee", HASH("c"), "Other", NULL));
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("d0", HASH("a"), "Other", NULL));
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("d0", sixty_five, "Other", NULL));
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("d0", "abc", "Other", NULL));
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("", HASH("c"), "Other", NULL));
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("xyz", HASH("c"), "Other", NULL));
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("d0", HASH("c"), "", NULL));
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("d0", HASH("c"), "Other", "two\nlines"));
+    expect("2|2", "SELECT COUNT(*), (SELECT COUNT(*) FROM AuditLog) FROM ClientKeys");
+}
+
+static void a_revoked_client_key_opens_nothing(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct store_client_key key;
+    char before[64];
+    assert_int_equal(ERR_NONE, add_client_key("a1", HASH("a"), "NT047", NULL));
+    assert_int_equal(ERR_NONE, add_client_key("b2", HASH("b"), "NT047", NULL));
+    assert_int_equal(ERR_NONE, driver->client_key_revoke(store, "otto", "a1", &err));
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->client_key_find(store, HASH("a"), &key, &err));
+    assert_int_equal(ERR_NONE, driver->client_key_find(store, HASH("b"), &key, &err));
+    expect("otto|client key revoked|ClientKeys|a1|NT047|NULL",
+           "SELECT Actor, Action, ObjectType, ObjectID, CompanyID, Detail FROM AuditLog WHERE "
+           "AuditID = 3");
+    backend->row("SELECT RevokedAt FROM ClientKeys WHERE ClientKeyID = 'a1'", before,
+                 sizeof before);
+    usleep(2000);
+    assert_int_equal(ERR_NONE, driver->client_key_revoke(store, "anna", "a1", &err));
+    expect(before, "SELECT RevokedAt FROM ClientKeys WHERE ClientKeyID = 'a1'");
+    expect("3", "SELECT COUNT(*) FROM AuditLog");
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->client_key_revoke(store, "anna", "c3", &err));
+    assert_int_equal(ERR_BAD_VALUE, driver->client_key_revoke(store, "anna", "'; --", &err));
+    /* it stays: neither its ID nor its hash comes back */
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("a1", HASH("c"), "NT047", NULL));
+    assert_int_equal(ERR_BAD_VALUE, add_client_key("d4", HASH("a"), "NT047", NULL));
+}
+
+static void shows_client_keys(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct shown shown = {.columns = "KeyHash"};
+    expect_view("", VIEW_CLIENT_KEYS, ALL, "ClientKeyID");
+    assert_int_equal(ERR_NONE, add_client_key("a1", HASH("a"), "Ärzte", "one"));
+    assert_int_equal(ERR_NONE, add_client_key("b2", HASH("b"), NULL, NULL));
+    assert_int_equal(ERR_NONE, add_client_key("c3", HASH("c"), "NT047", NULL));
+    assert_int_equal(ERR_NONE, driver->client_key_revoke(store, "anna", "c3", &err));
+    sql("UPDATE ClientKeys SET CreatedAt = '2026-11-22T12:13:21.123Z' WHERE ClientKeyID = 'a1'");
+    sql("UPDATE ClientKeys SET CreatedAt = '2026-11-22T12:13:21.120Z' WHERE ClientKeyID = 'b2'");
+    sql("UPDATE ClientKeys SET CreatedAt = '2026-11-22T12:13:21.123Z', RevokedAt = "
+        "'2026-11-23T00:00:00.000Z'"
+        " WHERE ClientKeyID = 'c3'");
+    expect_view("a1|Ärzte|0|one|2026-11-22T12:13:21.123Z|NULL;c3|NT047|0|NULL|2026-11-22T12:13:21."
+                "123Z|2026-11-23T00:00:00.000Z;"
+                "b2|NULL|1|NULL|2026-11-22T12:13:21.120Z|NULL",
+                VIEW_CLIENT_KEYS, ALL, "ClientKeyID CompanyID IsAdmin Label CreatedAt RevokedAt");
+    expect_view("a1", VIEW_CLIENT_KEYS, (struct store_filter){.company_id = "ärzte"},
+                "ClientKeyID");
+    expect_view("a1;c3", VIEW_CLIENT_KEYS, (struct store_filter){.since_ms = T0}, "ClientKeyID");
+    expect_view("b2", VIEW_CLIENT_KEYS, (struct store_filter){.until_ms = T0}, "ClientKeyID");
+    expect_view("a1;c3", VIEW_CLIENT_KEYS, (struct store_filter){.limit = 2}, "ClientKeyID");
+    /* never the hash */
+    assert_int_equal(ERR_NONE,
+                     driver->query(store, VIEW_CLIENT_KEYS, &ALL, show_row, &shown, &err));
+    assert_true(shown.missing);
+    assert_int_equal(ERR_BAD_VALUE,
+                     driver->query(store, VIEW_CLIENT_KEYS, &(struct store_filter){.before_id = 5},
+                                   show_row, &shown, &err));
+    assert_int_equal(ERR_BAD_VALUE, driver->query(store, VIEW_CLIENT_KEYS,
+                                                  &(struct store_filter){.request_id = ID(1)},
+                                                  show_row, &shown, &err));
+}
+
+/* ---- sealed API keys ---- */
+
+/* Not a seal, but it tells the TokenID. */
+static enum err_code seal_openly(void *context, int64_t token_id, const char *api_key,
+                                 char out[STORE_API_KEY_SIZE], struct err *err)
+{
+    const char *refused = context;
+    if (strcmp(api_key, refused) == 0)
+        return err_set(err, ERR_CONFIG, "cannot seal that");
+    snprintf(out, STORE_API_KEY_SIZE, "sealed:test:%lld:%.900s", (long long)token_id, api_key);
+    return ERR_NONE;
+}
+
+static enum err_code add_sealed(const char *company, const char *key, int64_t *id, struct err *err)
+{
+    static char refused[] = "no-way";
+    const struct store_sealer sealer = {.seal = seal_openly, .context = refused};
+    const struct store_new_token token = {
+        .company_id = company, .api_key = key, .limit = 500, .threshold = 0.5, .sealer = &sealer};
+    return driver->token_add(store, "anna", &token, id, err);
+}
+
+static void seals_the_key_of_a_token_with_the_row(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int64_t id = 0;
+    assert_int_equal(ERR_NONE, add_sealed("NT047", "AIza-very-secret", &id, &err));
+    assert_int_equal(1, id);
+    expect("sealed:test:1:AIza-very-secret|Active|Gemini|500|NULL",
+           "SELECT ApiKey, Status, Provider, TotalTokenLimit, StatusReason FROM TokenMaster");
+    expect("1|0.5|500", "SELECT TokenID, Threshold, TotalRemainingTokens FROM TokenUsageSummary");
+    expect("1|token added|1|anna",
+           "SELECT COUNT(*), MAX(Action), MAX(ObjectID), MAX(Actor) FROM AuditLog");
+    expect("0", "SELECT COUNT(*) FROM AuditLog WHERE Detail LIKE '%%secret%%'");
+    expect_view("1|sealed|Active", VIEW_TOKENS, ALL, "TokenID ApiKey Status");
+    struct store_acquire a = an_acquire(ID(1), "NT047"); /* the driver knows nothing of seals */
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_string_equal("sealed:test:1:AIza-very-secret", a.api_key);
+
+    /* one that cannot be sealed leaves nothing */
+    err = (struct err){0};
+    assert_int_equal(ERR_CONFIG, add_sealed("NT047", "no-way", &id, &err));
+    assert_string_equal("cannot seal that", err.message);
+    err = (struct err){0};
+    assert_int_equal(ERR_BAD_VALUE, add_sealed("NT047", "two words", &id, &err));
+    expect("1|1|1", "SELECT COUNT(*), (SELECT COUNT(*) FROM TokenUsageSummary), (SELECT COUNT(*) "
+                    "FROM AuditLog) FROM TokenMaster");
+    expect_sums();
+
+    /* and nothing in the way of the next */
+    assert_int_equal(ERR_NONE, add_sealed("NT047", "AIza-2", &id, &err));
+    char sealed[64];
+    snprintf(sealed, sizeof sealed, "sealed:test:%lld:AIza-2|Active", (long long)id);
+    expect(sealed, "SELECT ApiKey, Status FROM TokenMaster WHERE TokenID = %lld", (long long)id);
+    expect("2|2", "SELECT COUNT(*), (SELECT COUNT(*) FROM AuditLog) FROM TokenMaster");
+}
+
+static void shows_keys_to_be_sealed_page_by_page(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct store_token_key keys[4];
+    size_t count = 9;
+    assert_int_equal(ERR_NONE, driver->token_keys(store, 0, keys, 4, &count, &err));
+    assert_int_equal(0, count);
+    backend->widen_keys();
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('A', 'key-1')");
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Status) VALUES ('A', ' key-2 \n', 'Expired')");
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('A', '%01025d')", 7);
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey, Provider) VALUES ('A', '', 'Other')");
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('A', '%01024d')", 7);
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('A', 'schlüssel')");
+    assert_int_equal(ERR_NONE, driver->token_keys(store, 0, keys, 2, &count, &err));
+    assert_int_equal(2, count);
+    assert_int_equal(1, keys[0].token_id);
+    assert_string_equal("key-1", keys[0].api_key);
+    assert_int_equal(2, keys[1].token_id);
+    assert_string_equal(" key-2 \n", keys[1].api_key);
+    assert_int_equal(ERR_NONE, driver->token_keys(store, 2, keys, 2, &count, &err));
+    assert_int_equal(2, count);
+    assert_int_equal(4, keys[0].token_id);
+    assert_string_equal("", keys[0].api_key);
+    assert_int_equal(5, keys[1].token_id);
+    assert_int_equal(1024, strlen(keys[1].api_key));
+    assert_int_equal(ERR_NONE, driver->token_keys(store, 5, keys, 4, &count, &err));
+    assert_int_equal(1, count);
+    assert_string_equal("schlüssel", keys[0].api_key);
+    assert_int_equal(ERR_NONE, driver->token_keys(store, 6, keys, 4, &count, &err));
+    assert_int_equal(0, count);
+}
+
+static void reseals_only_what_was_read(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    static const char *const others[] = {"aiza-plain", "AIza-plain ", "AIza-plai", "",
+                                         "AIza-plain\n"};
+    struct store_token_key key = {.token_id = add_token("NT047", -1)};
+    sql("UPDATE TokenMaster SET ApiKey = 'AIza-plain'");
+    for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) {
+        snprintf(key.api_key, sizeof key.api_key, "%s", others[i]);
+        err = (struct err){0};
+        assert_int_equal(ERR_NO_SUCH_ROW,
+                         driver->token_reseal(store, "anna", &key, "sealed:x", &err));
+    }
+    snprintf(key.api_key, sizeof key.api_key, "AIza-plain");
+    assert_int_equal(ERR_BAD_VALUE, driver->token_reseal(store, "anna", &key, "two words", &err));
+    expect("AIza-plain|1", "SELECT ApiKey, (SELECT COUNT(*) FROM AuditLog) FROM TokenMaster");
+    assert_int_equal(ERR_NONE, driver->token_reseal(store, "anna", &key, "sealed:x", &err));
+    expect("sealed:x|Active", "SELECT ApiKey, Status FROM TokenMaster");
+    expect("anna|token key sealed|TokenMaster|1|NT047|NULL",
+           "SELECT Actor, Action, ObjectType, ObjectID, CompanyID, Detail FROM AuditLog WHERE "
+           "AuditID = 2");
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->token_reseal(store, "anna", &key, "sealed:y", &err));
+    key.token_id = 99;
+    assert_int_equal(ERR_NO_SUCH_ROW, driver->token_reseal(store, "anna", &key, "sealed:y", &err));
+
+    /* as it is there, with what clings to it; and one that is empty */
+    static const char *const odd[] = {" pasted \n", "trailing ", "漢字", ""};
+    key.token_id = 1;
+    for (size_t i = 0; i < sizeof odd / sizeof odd[0]; i++) {
+        snprintf(key.api_key, sizeof key.api_key, "%s", odd[i]);
+        sql("UPDATE TokenMaster SET ApiKey = '%s'", odd[i]);
+        assert_int_equal(ERR_NONE, driver->token_reseal(store, "anna", &key, "sealed:z", &err));
+        expect("sealed:z", "SELECT ApiKey FROM TokenMaster");
+    }
+}
+
 /* ---- the embedded store only ---- */
 
 static bool one_row(void *context, size_t columns, const char *const *names,
@@ -2037,7 +2826,7 @@ static void the_files_are_private_and_durable(void **state)
         assert_int_equal(0600, st.st_mode & 0777);
     }
     expect("wal", "PRAGMA journal_mode");
-    assert_int_equal(2, driver->schema_version(store));
+    assert_int_equal(3, driver->schema_version(store));
     assert_int_equal(1, driver->leaders(store));
     struct err err = {0};
     assert_int_equal(ERR_NONE, driver->ping(store, &err));
@@ -2079,7 +2868,7 @@ static void sets_up_only_where_allowed(void **state)
     store = open_store(true, &err);
     assert_non_null(store);
     driver->close(store);
-    expect("1|2", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
+    expect("1|3", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
     sql("UPDATE SchemaVersion SET Version = 1");
     sql("DROP TRIGGER TR_TokenMaster_TotalTokenLimit");
     assert_null(open_store(false, &err));
@@ -2088,9 +2877,9 @@ static void sets_up_only_where_allowed(void **state)
     fixture.config.store.auto_create = true;
     store = open_store(false, &err);
     assert_non_null(store);
-    assert_int_equal(2, driver->schema_version(store));
+    assert_int_equal(3, driver->schema_version(store));
     driver->close(store);
-    expect("2|1|1",
+    expect("3|1|1",
            "SELECT Version, Major, (SELECT COUNT(*) FROM sqlite_master WHERE type = 'trigger')"
            " FROM SchemaVersion");
 
@@ -2860,6 +3649,8 @@ static void the_procedures_check_what_comes_in(void **state)
 #define ADD "usp_AddToken @Actor = 'anna', @CompanyID = 'B', @ApiKey = "
 #define ADD_TO "usp_AddToken @Actor = 'anna', @ApiKey = 'key', @CompanyID = "
 #define SET_KEY "usp_SetTokenKey @Actor = 'anna', @TokenID = 1, @ApiKey = "
+#define RESEAL "usp_ResealToken @Actor = 'anna', @TokenID = 1, "
+#define ADD_CLIENT_KEY "usp_AddClientKey @Actor = 'anna', @CompanyID = 'B', "
 #define DISABLE "usp_SetTokenStatus @Actor = 'anna', @TokenID = 1, @Status = 'Disabled', @Reason = "
     static char sevens[1026];
     memset(sevens, '7', 1025);
@@ -2891,6 +3682,18 @@ static void the_procedures_check_what_comes_in(void **state)
         {"bad_value", DISABLE, too_long_a_text},
         {"no_such_row",
          "usp_SetTokenStatus @Actor = 'anna', @TokenID = 9, @Reason = 'x', @Status = ", "Disabled"},
+        {"bad_value",
+         "usp_AddToken @Actor = 'anna', @CompanyID = 'B', @Pending = 1, @ApiKey = ", "key"},
+        {"bad_value", "usp_ActivateToken @TokenID = 1, @ApiKey = ", "two words"},
+        {"no_such_row", "usp_ActivateToken @TokenID = 1, @ApiKey = ", "key"},
+        {"bad_value", RESEAL "@Expected = 'AIza-new', @ApiKey = ", "two words"},
+        {"no_such_row", RESEAL "@ApiKey = 'sealed:x', @Expected = ", "AIza-old"},
+        {"bad_value", ADD_CLIENT_KEY "@ClientKeyID = 'a1', @KeyHash = ", "abc"},
+        {"bad_value", ADD_CLIENT_KEY "@ClientKeyID = 'a1', @KeyHash = ", HASH("A")},
+        {"bad_value", ADD_CLIENT_KEY "@KeyHash = '" HASH("a") "', @ClientKeyID = ", "xyz"},
+        {"bad_value", ADD_CLIENT_KEY "@KeyHash = '" HASH("a") "', @ClientKeyID = ",
+         "0123456789abcdef0123456789abcdef0"},
+        {"no_such_row", "usp_RevokeClientKey @Actor = 'anna', @ClientKeyID = ", "b2"},
     };
     for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
         char text[2048];
@@ -2959,7 +3762,7 @@ static void a_setup_that_failed_notes_no_version(void **state)
             fail_msg("a version was noted in spite of: %s", breakages[i].new);
     }
     run_broken_setup("", "");
-    expect("2|1", "SELECT Version, Major FROM SchemaVersion");
+    expect("3|1", "SELECT Version, Major FROM SchemaVersion");
     /* of an older schema all is replaced, or it stays the older one */
     sql("UPDATE SchemaVersion SET Version = 1");
     run_broken_setup("CREATE VIEW dbo.vw_FailedRetries AS", "CREATE VIEW dbo.vw_FailedRetries SA");
@@ -2969,7 +3772,7 @@ static void a_setup_that_failed_notes_no_version(void **state)
         fail_msg("%s", err.message);
     driver->close(store);
     store = NULL;
-    expect("2|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
+    expect("3|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
 }
 
 /* ---- tests/tds_server only: faults ---- */
@@ -3299,6 +4102,167 @@ static void threads_survive_a_bad_server(void **state)
     expect_sums();
 }
 
+/* Two good ones and one that is refused; the code of the batch. *maybe: for how many of them it is
+ * unknown whether they have reserved. */
+static enum err_code acquire_three(void *from, int *maybe)
+{
+    struct store_acquire all[3], *items[3];
+    char ids[3][UUID_TEXT_SIZE];
+    struct err err = {0};
+
+    for (int i = 0; i < 3; i++) {
+        uuid_v7(ids[i]);
+        all[i] = an_acquire(ids[i], "NT047");
+        items[i] = &all[i];
+    }
+    all[1].sequence = 0;
+    enum err_code code = driver->acquire(from, items, 3, &err);
+    assert_int_equal(ERR_BAD_VALUE, all[1].code);
+    assert_false(all[1].maybe_reserved);
+    assert_int_equal(all[0].code, all[2].code);
+    assert_int_equal(all[0].maybe_reserved, all[2].maybe_reserved);
+    *maybe = all[0].maybe_reserved + all[2].maybe_reserved;
+    return code;
+}
+
+static void a_lost_answer_may_have_reserved(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *fault;
+        enum err_code code;
+        int maybe;
+    } cases[] = {
+        {"\"kind\": \"drop_before\", \"times\": 2", ERR_STORE_UNAVAILABLE, 2},
+        {"\"kind\": \"drop_mid_result\", \"times\": 2", ERR_STORE_UNAVAILABLE, 2},
+        {"\"kind\": \"drop_after_commit\", \"times\": 2", ERR_STORE_UNAVAILABLE, 2},
+        {"\"kind\": \"slow\", \"seconds\": 30", ERR_STORE_UNAVAILABLE, 2},
+        {"\"kind\": \"drop_after_commit\"", ERR_NONE, 0}, /* repeated, and heard */
+        {"\"kind\": \"error\", \"number\": 1205, \"times\": 9", ERR_STORE_UNAVAILABLE, 0},
+        {"\"kind\": \"error\", \"number\": 9002", ERR_STORAGE_FULL, 0},
+        {"\"kind\": \"error\", \"number\": 8134", ERR_INTERNAL, 0},
+    };
+    struct err err = {0};
+    int maybe = 0;
+    add_token("NT047", -1);
+    fixture.config.store.query_timeout_ms = 1000;
+    void *own = open_store(false, &err);
+    assert_non_null(own);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        order("usp_AcquireTokens", cases[i].fault);
+        if (acquire_three(own, &maybe) != cases[i].code || maybe != cases[i].maybe)
+            fail_msg("%s: %d of 2 may have reserved", cases[i].fault, maybe);
+        mssql_server_control("{\"do\": \"reset\"}");
+        assert_int_equal(ERR_NONE, acquire_three(own, &maybe));
+        assert_int_equal(0, maybe);
+    }
+    /* the repeat of one that is unknown ends otherwise */
+    order("usp_AcquireTokens", "\"kind\": \"drop_after_commit\"");
+    order("usp_AcquireTokens", "\"kind\": \"error\", \"number\": 9002");
+    assert_int_equal(ERR_STORAGE_FULL, acquire_three(own, &maybe));
+    assert_int_equal(2, maybe);
+    /* never sent */
+    mssql_server_control("{\"do\": \"logins\", \"refuse\": 18456}");
+    order("usp_Ping", "\"kind\": \"drop_before\"");
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->ping(own, &err));
+    assert_int_equal(ERR_STORE_UNAVAILABLE, acquire_three(own, &maybe));
+    assert_int_equal(0, maybe);
+    driver->close(own);
+    mssql_server_control("{\"do\": \"reset\"}");
+    expect_sums();
+}
+
+/* On one connection, so that a transaction that stays open is noticed. */
+static void a_sealed_token_is_added_whole_or_not(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *procedure, *fault;
+        enum err_code code;
+        int added;
+    } cases[] = {
+        /* nothing can have happened: repeated */
+        {"usp_AddToken", "\"kind\": \"drop_before\"", ERR_NONE, 1},
+        {"usp_AddToken", "\"kind\": \"drop_after_commit\"", ERR_NONE, 1},
+        {"usp_ActivateToken", "\"kind\": \"drop_before\"", ERR_NONE, 1},
+        {"usp_ActivateToken", "\"kind\": \"drop_mid_result\"", ERR_NONE, 1},
+        {"usp_ActivateToken", "\"kind\": \"drop_after_commit\"", ERR_NONE, 1},
+        {"usp_ActivateToken", "\"kind\": \"error\", \"number\": 1205", ERR_NONE, 1},
+        /* in vain */
+        {"usp_ActivateToken", "\"kind\": \"drop_before\", \"times\": 2", ERR_STORE_UNAVAILABLE, 0},
+        {"usp_ActivateToken", "\"kind\": \"slow\", \"seconds\": 30", ERR_STORE_UNAVAILABLE, 0},
+        {"usp_AddToken", "\"kind\": \"error\", \"number\": 547", ERR_BAD_VALUE, 0},
+        {"usp_ActivateToken", "\"kind\": \"error\", \"number\": 547", ERR_BAD_VALUE, 0},
+        {"usp_ActivateToken", "\"kind\": \"error\", \"number\": 8134", ERR_INTERNAL, 0},
+        /* unknown: not repeated */
+        {"COMMIT TRANSACTION", "\"kind\": \"drop_before\"", ERR_STORE_UNAVAILABLE, 0},
+        {"COMMIT TRANSACTION", "\"kind\": \"drop_after_commit\"", ERR_STORE_UNAVAILABLE, 1},
+    };
+    struct err err = {0};
+    struct store_acquire a;
+    char count[16];
+    int tokens = 0;
+    int64_t id = 0;
+
+    driver->close(store);
+    fixture.config.store.query_timeout_ms = 1000;
+    fixture.config.store.pool_size = 1;
+    store = open_store(false, &err);
+    assert_non_null(store);
+    /* a connection is not used again when its transaction was not committed */
+    mssql_server_control("{\"do\": \"reset\"}");
+    assert_int_equal(ERR_CONFIG, add_sealed("NT047", "no-way", &id, &err));
+    assert_true(logins_are(0));
+    assert_int_equal(ERR_NONE, driver->ping(store, &err));
+    assert_false(logins_are(0));
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        order(cases[i].procedure, cases[i].fault);
+        enum err_code code = add_sealed("NT047", "key", &id, &err);
+        if (code != cases[i].code)
+            fail_msg("%s %s: %d: %s", cases[i].procedure, cases[i].fault, (int)code, err.message);
+        assert_int_equal(code == ERR_NONE, id != 0);
+        mssql_server_control("{\"do\": \"reset\"}");
+        /* whatever it was, the next one is whole, and others see it */
+        assert_int_equal(ERR_CONFIG, add_sealed("NT047", "no-way", &id, &err));
+        assert_int_equal(0, id);
+        if (tokens > 0) {
+            assert_int_equal(ERR_NONE, try_acquire(store, ID((int)i + 1), &a));
+            expect("1", "SELECT COUNT(*) FROM TokenReservations WHERE RequestID = '%s'",
+                   ID((int)i + 1));
+        }
+        tokens += cases[i].added;
+        snprintf(count, sizeof count, "%d|%d", tokens, tokens);
+        expect(count, "SELECT COUNT(*), (SELECT COUNT(*) FROM AuditLog) FROM TokenMaster"
+                      " WHERE Status = 'Active' AND ApiKey LIKE 'sealed:test:%%'");
+        expect("0", "SELECT COUNT(*) FROM TokenMaster WHERE Status <> 'Active' OR ApiKey = ''");
+    }
+    expect_sums();
+}
+
+static void a_client_key_is_found_on_a_bad_connection(void **state)
+{
+    (void)state;
+    static const char *const kinds[] = {
+        "\"kind\": \"drop_before\"", "\"kind\": \"drop_mid_result\"",
+        "\"kind\": \"drop_after_commit\"", "\"kind\": \"error\", \"number\": 1205"};
+    static const char hash[] = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+    struct store_client_key key;
+    struct err err = {0};
+
+    /* not repeated, for the repeat would say that there is such a key */
+    order("usp_AddClientKey", kinds[2]);
+    assert_int_equal(ERR_STORE_UNAVAILABLE, add_client_key("c1", hash, "NT047", NULL));
+    expect("1", "SELECT COUNT(*) FROM ClientKeys");
+    for (int i = 0; i < 4; i++) {
+        order("usp_FindClientKey", kinds[i]);
+        assert_int_equal(ERR_NONE, driver->client_key_find(store, hash, &key, &err));
+        assert_string_equal("c1", key.id);
+    }
+    order("usp_FindClientKey", "\"kind\": \"drop_mid_result\", \"times\": 9");
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->client_key_find(store, hash, &key, &err));
+    assert_null(strstr(err.message, "00112233"));
+}
+
 /* ---- main ---- */
 
 #define CONTRACT(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
@@ -3352,6 +4316,26 @@ static const struct CMUnitTest contract[] = {
     CONTRACT(reports_tell_names_apart_by_case),
     CONTRACT(shows_logs_and_the_rest),
     CONTRACT(threads_share_a_store),
+    CONTRACT(a_request_takes_its_key_with_a_token),
+    CONTRACT(a_key_is_of_its_company),
+    CONTRACT(a_key_that_spent_nothing_may_come_again),
+    CONTRACT(a_key_is_kept_for_a_day),
+    CONTRACT(a_refused_request_keeps_no_key),
+    CONTRACT(a_duplicate_brings_its_fault),
+    CONTRACT(a_batch_pays_once_for_a_key),
+    CONTRACT(what_is_replayed_takes_no_key_from_others),
+    CONTRACT(keys_of_the_dead_are_done_and_old_ones_go),
+    CONTRACT(threads_pay_once_for_a_key),
+    CONTRACT(an_acquire_that_nobody_heard_of_is_released),
+    CONTRACT(a_late_acquire_that_nobody_waits_for_reserves_nothing),
+    CONTRACT(a_released_acquire_frees_its_key),
+    CONTRACT(records_that_come_again_are_kept_once),
+    CONTRACT(knows_client_keys_by_their_hash),
+    CONTRACT(a_revoked_client_key_opens_nothing),
+    CONTRACT(shows_client_keys),
+    CONTRACT(seals_the_key_of_a_token_with_the_row),
+    CONTRACT(shows_keys_to_be_sealed_page_by_page),
+    CONTRACT(reseals_only_what_was_read),
     CLOSED(processes_keep_the_sums),
     CLOSED(processes_keep_to_the_limit),
     CLOSED(ten_processes_set_up_at_once),
@@ -3398,6 +4382,9 @@ static const struct CMUnitTest faults[] = {
     CLOSED(a_refused_login_is_said_and_not_hammered),
     CLOSED(a_certificate_is_checked),
     CONTRACT(threads_survive_a_bad_server),
+    CONTRACT(a_lost_answer_may_have_reserved),
+    CONTRACT(a_sealed_token_is_added_whole_or_not),
+    CONTRACT(a_client_key_is_found_on_a_bad_connection),
 };
 
 /* What the driver logs (a schema that is set up, servers that fail) is not looked at here. */

@@ -129,7 +129,21 @@ BEGIN
 END
 PRINT N'TokenReservations: ' + CAST(@total AS NVARCHAR(20)) + N' row(s) deleted'
 
-DELETE FROM dbo.IdempotencyKeys WHERE ExpiresAt < @now
+-- The service does this itself, once a minute: here is what is left where none runs.
+SET @total = 0
+WHILE 1 = 1
+BEGIN
+    DELETE FROM dbo.IdempotencyKeys
+    WHERE RequestID IN (SELECT TOP (@batch_rows) x.RequestID FROM dbo.IdempotencyKeys x
+                        WHERE x.ExpiresAt < @now ORDER BY x.ExpiresAt)
+      AND ExpiresAt < @now
+    SET @rows = @@ROWCOUNT
+    SET @total = @total + @rows
+    IF @rows = 0
+        BREAK
+END
+PRINT N'IdempotencyKeys: ' + CAST(@total AS NVARCHAR(20)) + N' row(s) deleted'
+
 DELETE FROM dbo.AuditLog WHERE Timestamp < DATEADD(DAY, -@audit_days, @now)
 EXEC sp_releaseapplock @Resource = N'extract-fcgi retention', @LockOwner = N'Session'
 GO

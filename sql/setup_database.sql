@@ -9,7 +9,7 @@
 -- it creates what is missing, replaces views, procedures and the trigger, and leaves every row as it
 -- is. Over the five plain tables of the system before this one it is the upgrade: what it found there,
 -- and what it did about it, is printed and stays in dbo.AuditLog (README.md, "Replacing the Python
--- service"). When all is well, the last that it prints is "schema version 2 is complete".
+-- service"). When all is well, the last that it prints is "schema version 3 is complete".
 --
 -- It comes in numbered steps, and each wants the one before done: a tool that goes on after an error
 -- (SSMS, tsql, sqlcmd without -b) gets no further, and the version is noted by the last step only.
@@ -19,13 +19,13 @@
 --   TokenUsageSummary.ReservedTokens  = sum of EstimatedTokens of its 'open' TokenReservations
 --
 -- Locks, for who writes another procedure: rows of TokenUsageSummary first, one by one in ascending
--- TokenID; then TokenReservations; then the logs; then TokenMaster, in ascending TokenID. Reading
--- TokenMaster by another way than its primary key and holding a lock of it do not go together. The
--- hints (INDEX, FORCESEEK, ROWLOCK) belong to that: on a table of a few rows SQL Server would rather
--- scan, and a scan asks for the locks of everybody. TR_TokenMaster_TotalTokenLimit alone goes the other
--- way, and says why that is safe.
+-- TokenID; then TokenReservations; then the logs; then IdempotencyKeys, by company and key; then
+-- TokenMaster, in ascending TokenID. Reading TokenMaster by another way than its primary key and
+-- holding a lock of it do not go together. The hints (INDEX, FORCESEEK, ROWLOCK) belong to that: on a
+-- table of a few rows SQL Server would rather scan, and a scan asks for the locks of everybody.
+-- TR_TokenMaster_TotalTokenLimit alone goes the other way, and says why that is safe.
 --
--- Every view, procedure and trigger says "(schema 2)" in its first line: with a new version of this
+-- Every view, procedure and trigger says "(schema 3)" in its first line: with a new version of this
 -- script all of them change, and the last step looks for it.
 --
 -- The SETs are needed: tables with filtered indexes take no change from a session without them
@@ -638,8 +638,8 @@ IF OBJECT_ID(N'dbo.ClientKeys', N'U') IS NULL
         CONSTRAINT CK_ClientKeys_CompanyID CHECK (IsAdmin = 1 OR CompanyID IS NOT NULL)
     )
 
--- Idempotency-Key headers that were seen, and the request that each one belongs to.
--- State: 'in_progress' or 'done'.
+-- Idempotency-Key headers that were seen, and the request that each one belongs to, for 24 hours.
+-- State: 'in_progress' or 'done'. CompanyID: as the company's newest token spells it.
 IF OBJECT_ID(N'dbo.IdempotencyKeys', N'U') IS NULL
     CREATE TABLE dbo.IdempotencyKeys (
         CompanyID      NVARCHAR(256) COLLATE Latin1_General_CI_AS NOT NULL,
@@ -984,6 +984,9 @@ IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.Retry
     CREATE INDEX IX_RetryAttempts_Timestamp ON dbo.RetryAttempts (Timestamp)
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.IdempotencyKeys') AND name LIKE N'IX[_]IdempotencyKeys[_]ExpiresAt%')
     CREATE INDEX IX_IdempotencyKeys_ExpiresAt ON dbo.IdempotencyKeys (ExpiresAt)
+-- What a settlement knows of its key.
+IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.IdempotencyKeys') AND name LIKE N'IX[_]IdempotencyKeys[_]RequestID%')
+    CREATE INDEX IX_IdempotencyKeys_RequestID ON dbo.IdempotencyKeys (RequestID)
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.AuditLog') AND name LIKE N'IX[_]AuditLog[_]Timestamp%')
     CREATE INDEX IX_AuditLog_Timestamp ON dbo.AuditLog (Timestamp)
 EXEC sp_set_session_context N'extract-fcgi setup', 8
@@ -996,12 +999,13 @@ GO
 -- Each token with its limit and use; of the key only its end.
 DROP VIEW IF EXISTS dbo.vw_TokenStatus
 GO
-CREATE VIEW dbo.vw_TokenStatus AS -- (schema 2)
+CREATE VIEW dbo.vw_TokenStatus AS -- (schema 3)
 SELECT t.TokenID,
        t.CompanyID,
        t.CompanyName,
        t.Provider,
-       CAST(NCHAR(8230) + CASE WHEN LEN(t.ApiKey) >= 8 THEN RIGHT(t.ApiKey, 4) ELSE N'' END AS NVARCHAR(5)) AS ApiKey,
+       CAST(CASE WHEN t.ApiKey LIKE N'sealed:%' THEN N'sealed'
+                 ELSE NCHAR(8230) + CASE WHEN LEN(t.ApiKey) >= 8 THEN RIGHT(t.ApiKey, 4) ELSE N'' END END AS NVARCHAR(6)) AS ApiKey,
        t.Status,
        t.StatusReason,
        t.TotalTokenLimit,
@@ -1021,7 +1025,7 @@ GO
 -- What each company used with each token since the beginning, rolled-up months included.
 DROP VIEW IF EXISTS dbo.vw_UsageSummary
 GO
-CREATE VIEW dbo.vw_UsageSummary AS -- (schema 2)
+CREATE VIEW dbo.vw_UsageSummary AS -- (schema 3)
 SELECT ISNULL(u.CompanyID, t.CompanyID) AS CompanyID,
        u.TokenID,
        SUM(u.RequestCount) AS RequestCount,
@@ -1046,7 +1050,7 @@ GO
 -- Errors of the last seven days. Newest first: ORDER BY LogID DESC.
 DROP VIEW IF EXISTS dbo.vw_RecentErrors
 GO
-CREATE VIEW dbo.vw_RecentErrors AS -- (schema 2)
+CREATE VIEW dbo.vw_RecentErrors AS -- (schema 3)
 SELECT LogID, Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber,
        RequestID, Host
 FROM dbo.ApplicationLogs
@@ -1057,7 +1061,7 @@ GO
 -- Failed calls of requests that never got an answer from Gemini (they have no usage row).
 DROP VIEW IF EXISTS dbo.vw_FailedRetries
 GO
-CREATE VIEW dbo.vw_FailedRetries AS -- (schema 2)
+CREATE VIEW dbo.vw_FailedRetries AS -- (schema 3)
 SELECT r.RetryID, r.TokenID, r.CompanyID, r.Attempt, r.ErrorMessage, r.IsRetryable, r.Timestamp,
        r.RequestID, r.StatusCode, r.DelayMs
 FROM dbo.RetryAttempts r
@@ -1067,7 +1071,7 @@ GO
 -- Requests that may have been billed without a usage row, for a DBA to reconcile with Google's bill.
 DROP VIEW IF EXISTS dbo.vw_UnsettledRequests
 GO
-CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 2)
+CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 3)
 SELECT r.ReservationID, r.RequestID, r.Sequence, r.TokenID, r.CompanyID, r.Branch, r.RequestedBy,
        r.EstimatedTokens, r.State, r.UnknownCalls, r.TokenSource, r.Host, r.ProcessID, r.CreatedAt,
        r.ExpiresAt
@@ -1088,7 +1092,7 @@ GO
 -- RECURSIVE_TRIGGERS, and then finds that the limit is not touched.
 DROP TRIGGER IF EXISTS dbo.TR_TokenMaster_TotalTokenLimit
 GO
-CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 2)
+CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 3)
 AFTER UPDATE
 AS
 BEGIN
@@ -1131,7 +1135,9 @@ BEGIN
                               (N'usp_SettleUsage'), (N'usp_RecordLogs'), (N'usp_ExpireReservations'), (N'usp_TextFault'), (N'usp_AddToken'),
                               (N'usp_SetTokenStatus'), (N'usp_SetTokenKey'), (N'usp_SetTokenLimit'), (N'usp_ListTokens'),
                               (N'usp_UsageReport'), (N'usp_ListLogs'), (N'usp_ListRetries'), (N'usp_ListReservations'),
-                              (N'usp_CountTokens'), (N'usp_ListAudit')) AS v (name)
+                              (N'usp_CountTokens'), (N'usp_ListAudit'), (N'usp_ActivateToken'), (N'usp_ListTokenKeys'),
+                              (N'usp_ResealToken'), (N'usp_FindClientKey'), (N'usp_AddClientKey'), (N'usp_RevokeClientKey'),
+                              (N'usp_ListClientKeys')) AS v (name)
                  WHERE v.name > @name)
     IF @name IS NULL
         BREAK
@@ -1142,7 +1148,7 @@ END
 GO
 
 -- Which schema is this? Where the procedure is missing, there is none.
-ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 2)
+ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 3)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1152,7 +1158,7 @@ END
 GO
 
 -- Is the store there? One row of a table, so that a database that is merely recovering says no.
-ALTER PROCEDURE dbo.usp_Ping -- (schema 2)
+ALTER PROCEDURE dbo.usp_Ping -- (schema 3)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1163,7 +1169,7 @@ GO
 
 -- For the procedures below: makes a token's row of TokenUsageSummary where it is missing, from what
 -- the other tables say. Whoever comes second gets a duplicate key, and the caller starts again.
-ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 2)
+ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 3)
     @TokenID BIGINT
 AS
 BEGIN
@@ -1190,7 +1196,7 @@ GO
 -- For the procedures below: what a failed call, or a limit, does to a token. @Status NULL: it cools
 -- down, and a cooldown is never shortened; else it gets that status, if it is still Active: whoever
 -- comes second changes nothing, and what took a token its status stays readable.
-ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 2)
+ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 3)
     @TokenID    BIGINT,
     @Status     NVARCHAR(20),
     @CooldownMs BIGINT,
@@ -1231,7 +1237,7 @@ GO
 -- For the procedures below: an API key without what clings to one that was pasted (line ends, spaces,
 -- control characters, at both ends). @Usable NULL: what is left is not 1 to 1024 visible ASCII
 -- characters, and could not be sent.
-ALTER PROCEDURE dbo.usp_UsableKey -- (schema 2)
+ALTER PROCEDURE dbo.usp_UsableKey -- (schema 3)
     @ApiKey NVARCHAR(4000),
     @Usable NVARCHAR(1024) OUTPUT
 AS
@@ -1251,13 +1257,14 @@ GO
 
 -- A token for each request of @Items (a JSON array): records what went wrong with the token before,
 -- closes its reservation unless it was spent, chooses among the usable ones and reserves. Idempotent
--- on (requestId, sequence).
+-- on (requestId, sequence). A request with an idempotency key takes it with its first token; another of
+-- the company that comes with the same one within 24 hours gets none ('duplicate').
 --
 -- The plan is made without locks, then carried out: each Summary row of the plan, in ascending
 -- TokenID, takes its reservation only if there is still room. Where one has none left, all is taken
 -- back and done again with the Summary rows of every token in question locked first, in the same
 -- order; then what was read holds.
-ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 2)
+ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 3)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -1281,6 +1288,7 @@ BEGIN
         Spent          INT NULL,
         FallbackIfNone INT NULL,
         FallbackOnly   INT NULL,
+        IdempotencyKey NVARCHAR(4000) COLLATE Latin1_General_BIN2 NULL,
         Host           NVARCHAR(4000) NULL,
         ProcessID      BIGINT NULL,
         Problem        NVARCHAR(400) NULL, -- not NULL: bad_value
@@ -1291,7 +1299,11 @@ BEGIN
         FirstUsableMs  BIGINT NULL,
         BusyToo        INT NULL,
         Stopped        INT NULL,
-        IsNew          INT NULL -- 1: a reservation is to be written
+        IsNew          INT NULL, -- 1: a reservation is to be written
+        TakesKey       INT NULL, -- 1: the idempotency key is to be written; 2: it was
+        KeyCompany     NVARCHAR(256) COLLATE Latin1_General_CI_AS NULL,
+        FirstRequestID NVARCHAR(64) NULL,
+        FirstIsDone    INT NULL
     )
     DECLARE @excluded TABLE (i INT NOT NULL, TokenID BIGINT NOT NULL, AtFault INT NOT NULL)
     DECLARE @id TABLE (TokenID BIGINT NOT NULL PRIMARY KEY)
@@ -1322,18 +1334,19 @@ BEGIN
     DECLARE @if_none INT, @only INT, @stored NVARCHAR(256), @again BIGINT, @reservation BIGINT, @amount BIGINT, @active INT
     DECLARE @usable INT, @cooling INT, @busy INT, @first BIGINT, @key NVARCHAR(4000), @limit BIGINT, @has_summary INT, @status NVARCHAR(20)
     DECLARE @stopped INT, @served INT, @expired INT, @owner NVARCHAR(256)
+    DECLARE @idempotency NVARCHAR(4000), @key_company NVARCHAR(256), @holder NVARCHAR(64), @holder_done INT, @takes INT
 
     INSERT INTO @item (i, RequestID, Sequence, CompanyID, Branch, RequestedBy, Estimate, ExpiresMs, Choice, PreviousID, Fault, CooldownMs,
-                       Reason, Spent, FallbackIfNone, FallbackOnly, Host, ProcessID)
+                       Reason, Spent, FallbackIfNone, FallbackOnly, IdempotencyKey, Host, ProcessID)
     SELECT j.i, j.requestId, j.sequence, j.companyId, j.branch, j.requestedBy, j.estimate, j.expiresMs, ISNULL(j.choice, 0),
            ISNULL(j.previousTokenId, 0), ISNULL(j.fault, N'none'), ISNULL(j.cooldownMs, 0), j.reason, ISNULL(j.previousSpent, 0),
-           ISNULL(j.fallbackIfNone, 0), ISNULL(j.fallbackOnly, 0), j.host, j.processId
+           ISNULL(j.fallbackIfNone, 0), ISNULL(j.fallbackOnly, 0), j.idempotencyKey, j.host, j.processId
     FROM OPENJSON(@Items) WITH (
         i INT, requestId NVARCHAR(4000) '$.requestId', sequence BIGINT, companyId NVARCHAR(4000) '$.companyId', branch NVARCHAR(4000),
         requestedBy NVARCHAR(4000) '$.requestedBy', estimate BIGINT, expiresMs BIGINT '$.expiresMs', choice BIGINT,
         previousTokenId BIGINT '$.previousTokenId', fault NVARCHAR(20), cooldownMs BIGINT '$.cooldownMs', reason NVARCHAR(4000),
         previousSpent INT '$.previousSpent', fallbackIfNone INT '$.fallbackIfNone', fallbackOnly INT '$.fallbackOnly',
-        host NVARCHAR(4000), processId BIGINT '$.processId') j
+        idempotencyKey NVARCHAR(4000) '$.idempotencyKey', host NVARCHAR(4000), processId BIGINT '$.processId') j
     INSERT INTO @excluded (i, TokenID, AtFault)
     SELECT j.i, x.t, ISNULL(x.f, 0)
     FROM OPENJSON(@Items) WITH (
@@ -1354,6 +1367,7 @@ BEGIN
             WHEN ISNULL(ExpiresMs, -1) NOT BETWEEN 0 AND 31622400000 THEN N'expires_ms must be 0 to 366 days'
             WHEN PreviousID < 0 THEN N'previous_token_id must not be negative'
             WHEN Choice < 0 THEN N'choice must not be negative'
+            WHEN LEN(IdempotencyKey + N'.') NOT BETWEEN 2 AND 129 THEN N'idempotency_key must have 1 to 128 bytes'
             WHEN CooldownMs NOT BETWEEN 0 AND 31622400000 THEN N'a cooldown must be 0 to 366 days'
             WHEN Fault NOT IN (N'none', N'cooldown', N'disable', N'exceed') THEN N'fault must be none, cooldown, disable or exceed'
         END
@@ -1384,7 +1398,7 @@ BEGIN
             DELETE FROM @at_fault
             UPDATE @item
             SET Granted = N'no_token', TokenID = 0, ApiKey = NULL, Stored = LEFT(CompanyID, 256), FirstUsableMs = 0, BusyToo = 0,
-                Stopped = 0, IsNew = 0
+                Stopped = 0, IsNew = 0, TakesKey = 0, FirstRequestID = NULL, FirstIsDone = 0
             WHERE Problem IS NULL
             BEGIN TRANSACTION
 
@@ -1460,7 +1474,7 @@ BEGIN
                     BREAK
                 SELECT @request = RequestID, @sequence = Sequence, @company = CompanyID, @folded = UPPER(CompanyID), @estimate = Estimate,
                        @choice = Choice, @previous = PreviousID, @fault = Fault, @cooldown = CooldownMs, @reason = Reason, @spent = Spent,
-                       @if_none = FallbackIfNone, @only = FallbackOnly
+                       @if_none = FallbackIfNone, @only = FallbackOnly, @idempotency = IdempotencyKey
                 FROM @item
                 WHERE i = @i
 
@@ -1540,6 +1554,33 @@ BEGIN
                     END
                 END
 
+                -- Has another request of the company come with this idempotency key? What is replayed (@only) is not
+                -- asked: its tokens are spent.
+                SET @takes = 0
+                IF @idempotency IS NOT NULL
+                BEGIN
+                    SET @key_company = NULL
+                    SET @holder = NULL
+                    SELECT TOP (1) @key_company = CompanyID
+                    FROM @token
+                    WHERE Folded = @folded
+                    ORDER BY IsServed DESC, CreatedAt DESC, TokenID DESC
+                    SET @key_company = ISNULL(@key_company, @company)
+                    SELECT @holder = RequestID, @holder_done = CASE WHEN State = N'done' THEN 1 ELSE 0 END
+                    FROM dbo.IdempotencyKeys WITH (FORCESEEK)
+                    WHERE CompanyID = @key_company AND IdempotencyKey = @idempotency AND ExpiresAt > @now
+                    IF @holder IS NULL
+                        SELECT @holder = RequestID, @holder_done = 0
+                        FROM @item
+                        WHERE TakesKey = 1 AND KeyCompany = @key_company AND IdempotencyKey = @idempotency
+                    IF @only = 0 AND @holder <> @request
+                    BEGIN
+                        UPDATE @item SET Granted = N'duplicate', FirstRequestID = @holder, FirstIsDone = @holder_done WHERE i = @i
+                        CONTINUE
+                    END
+                    SET @takes = CASE WHEN @holder IS NULL THEN 1 ELSE 0 END
+                END
+
                 -- Each Active token of the company: can it serve? The only place that knows why not.
                 SET @usable = 0
                 SET @cooling = 0
@@ -1569,7 +1610,9 @@ BEGIN
                     FROM (SELECT TokenID, CompanyID, ApiKey, ROW_NUMBER() OVER (ORDER BY TokenID) AS Nth FROM @token WHERE Fit = 0) q
                     WHERE q.Nth = @choice % @usable + 1
                     UPDATE @token SET Reserved = Reserved + @estimate WHERE TokenID = @t
-                    UPDATE @item SET Granted = N'token', TokenID = @t, ApiKey = @key, Stored = @stored, IsNew = 1 WHERE i = @i
+                    UPDATE @item
+                    SET Granted = N'token', TokenID = @t, ApiKey = @key, Stored = @stored, IsNew = 1, TakesKey = @takes, KeyCompany = @key_company
+                    WHERE i = @i
                     CONTINUE
                 END
 
@@ -1592,7 +1635,7 @@ BEGIN
                         BusyToo = CASE WHEN @cooling > 0 AND @busy > 0 THEN 1 ELSE 0 END
                     WHERE i = @i
                 ELSE IF @only = 1 OR (@if_none = 1 AND @served = 1)
-                    UPDATE @item SET Granted = N'token', TokenID = 0, IsNew = 1 WHERE i = @i
+                    UPDATE @item SET Granted = N'token', TokenID = 0, IsNew = 1, TakesKey = @takes, KeyCompany = @key_company WHERE i = @i
                 ELSE
                     UPDATE @item
                     SET Granted = CASE WHEN @served = 0 THEN N'no_token' WHEN @expired = 1 THEN N'expired' ELSE N'unavailable' END
@@ -1643,7 +1686,7 @@ BEGIN
                             SET @missed = 1
                             BREAK
                         END
-                        UPDATE @item SET Granted = N'busy', TokenID = 0, ApiKey = NULL, IsNew = 0 WHERE i = @i
+                        UPDATE @item SET Granted = N'busy', TokenID = 0, ApiKey = NULL, IsNew = 0, TakesKey = 0 WHERE i = @i
                     END
                 END
             END
@@ -1670,7 +1713,25 @@ BEGIN
                     WHERE IsNew = 1
                     ORDER BY i
 
-                -- 4. TokenMaster, in ascending TokenID.
+                -- 4. IdempotencyKeys, in the order of their key. Of two sessions that want the same, the second gets a
+                -- duplicate key, starts again, and finds the first.
+                WHILE EXISTS (SELECT 1 FROM @item WHERE TakesKey = 1)
+                BEGIN
+                    SELECT TOP (1) @i = i, @request = RequestID, @key_company = KeyCompany, @idempotency = IdempotencyKey
+                    FROM @item
+                    WHERE TakesKey = 1
+                    ORDER BY KeyCompany, IdempotencyKey
+                    UPDATE k
+                    SET RequestID = @request, State = N'in_progress', CreatedAt = @now, ExpiresAt = DATEADD(HOUR, 24, @now)
+                    FROM dbo.IdempotencyKeys k WITH (INDEX (PK_IdempotencyKeys), ROWLOCK)
+                    WHERE k.CompanyID = @key_company AND k.IdempotencyKey = @idempotency AND k.ExpiresAt <= @now
+                    IF @@ROWCOUNT = 0
+                        INSERT INTO dbo.IdempotencyKeys (CompanyID, IdempotencyKey, RequestID, State, CreatedAt, ExpiresAt)
+                        VALUES (@key_company, @idempotency, @request, N'in_progress', @now, DATEADD(HOUR, 24, @now))
+                    UPDATE @item SET TakesKey = 2 WHERE i = @i
+                END
+
+                -- 5. TokenMaster, in ascending TokenID.
                 SET @t = 0
                 WHILE 1 = 1
                 BEGIN
@@ -1702,7 +1763,7 @@ BEGIN
         BEGIN CATCH
             IF @@TRANCOUNT > 0
                 ROLLBACK TRANSACTION;
-            -- A duplicate key: the same acquire, or the same Summary row, was written meanwhile.
+            -- A duplicate key: the same acquire, Summary row or idempotency key was written meanwhile.
             IF ERROR_NUMBER() NOT IN (2601, 2627) OR @attempt >= 3
                 THROW;
             SET @attempt = @attempt + 1
@@ -1718,7 +1779,9 @@ BEGIN
            CAST(CASE WHEN Problem IS NULL THEN Stored END AS NVARCHAR(256)) AS CompanyID,
            CASE WHEN Problem IS NULL THEN FirstUsableMs ELSE 0 END AS FirstUsableMs,
            CASE WHEN Problem IS NULL THEN BusyToo ELSE 0 END AS BusyToo,
-           CASE WHEN Problem IS NULL THEN Stopped ELSE 0 END AS DisablingStopped
+           CASE WHEN Problem IS NULL THEN Stopped ELSE 0 END AS DisablingStopped,
+           CAST(CASE WHEN Problem IS NULL THEN FirstRequestID END AS NVARCHAR(64)) AS FirstRequestID,
+           CASE WHEN Problem IS NULL THEN FirstIsDone ELSE 0 END AS FirstIsDone
     FROM @item
     ORDER BY i
 END
@@ -1730,8 +1793,11 @@ GO
 --   requestCount > 0        a usage row, the sums, the reservation is settled
 --   else unknownCalls > 0   no row: the reservation becomes unsettled
 --   else                    the reservation is released
+-- releaseSequence > 0: of an acquire whose answer nobody heard. What it has reserved is released; where it
+-- has not come yet, a row in its place makes it reserve nothing when it does.
+-- idempotency 1: nothing was spent, the request's idempotency key may come again; 2: it is done.
 -- Since the token's Summary row is locked first, nobody else settles or releases the same meanwhile.
-ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 2)
+ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 3)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -1764,6 +1830,9 @@ BEGIN
         Fault                NVARCHAR(20) NULL,
         CooldownMs           BIGINT NULL,
         Reason               NVARCHAR(4000) NULL,
+        Idempotency          INT NULL,
+        ReleaseSequence      BIGINT NULL,
+        ReleaseTokenID       BIGINT NULL,        -- of the reservation that is released; NULL: there is none yet
         Host                 NVARCHAR(4000) NULL,
         ProcessID            BIGINT NULL,
         Problem              NVARCHAR(400) NULL, -- not NULL: bad_value
@@ -1786,17 +1855,18 @@ BEGIN
     DECLARE @i INT, @request NVARCHAR(64), @company NVARCHAR(256), @stored NVARCHAR(256), @owner NVARCHAR(256), @fault NVARCHAR(20)
     DECLARE @cooldown BIGINT, @reason NVARCHAR(1000), @detail NVARCHAR(1000), @status NVARCHAR(20), @changed INT, @stopped INT
     DECLARE @count BIGINT, @unknown BIGINT, @total BIGINT, @limit BIGINT, @used BIGINT, @threshold FLOAT, @crossed_at DATETIME2(3)
-    DECLARE @pending INT, @last BIGINT, @open BIGINT, @known INT, @sequence INT
+    DECLARE @pending INT, @last BIGINT, @open BIGINT, @known INT, @sequence INT, @release INT
     DECLARE @time NVARCHAR(100) = N'[12][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]%'
 
     INSERT INTO @item (i, RequestID, TokenID, CompanyID, Branch, RequestedBy, ClientKeyID, TokenSource, Model, InputTokens, OutputTokens,
                        TextPromptTokens, ImagePromptTokens, TextCandidatesTokens, ThoughtsTokens, CachedTokens, TotalTokens, RequestCount,
-                       UnknownCalls, DurationMs, LoggedText, LoggedAt, Fault, CooldownMs, Reason, Host, ProcessID)
+                       UnknownCalls, DurationMs, LoggedText, LoggedAt, Fault, CooldownMs, Reason, Idempotency, ReleaseSequence, Host,
+                       ProcessID)
     SELECT j.i, j.requestId, ISNULL(j.tokenId, 0), j.companyId, j.branch, j.requestedBy, j.clientKeyId, j.tokenSource, j.model,
            j.inputTokens, j.outputTokens, j.textPromptTokens, j.imagePromptTokens, j.textCandidatesTokens, j.thoughtsTokens,
            j.cachedTokens, j.totalTokens, j.requestCount, ISNULL(j.unknownCalls, 0), j.durationMs, j.loggedAt,
-           CASE WHEN j.loggedAt LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.loggedAt, 23), 126) END, ISNULL(j.fault, N'none'), ISNULL(j.cooldownMs, 0), j.reason, j.host,
-           j.processId
+           CASE WHEN j.loggedAt LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.loggedAt, 23), 126) END, ISNULL(j.fault, N'none'), ISNULL(j.cooldownMs, 0), j.reason,
+           ISNULL(j.idempotency, 0), ISNULL(j.releaseSequence, 0), j.host, j.processId
     FROM OPENJSON(@Items) WITH (
         i INT, requestId NVARCHAR(4000) '$.requestId', tokenId BIGINT '$.tokenId', companyId NVARCHAR(4000) '$.companyId',
         branch NVARCHAR(4000), requestedBy NVARCHAR(4000) '$.requestedBy', clientKeyId NVARCHAR(4000) '$.clientKeyId',
@@ -1806,7 +1876,7 @@ BEGIN
         thoughtsTokens BIGINT '$.thoughtsTokens', cachedTokens BIGINT '$.cachedTokens', totalTokens BIGINT '$.totalTokens',
         requestCount BIGINT '$.requestCount', unknownCalls BIGINT '$.unknownCalls', durationMs BIGINT '$.durationMs',
         loggedAt NVARCHAR(4000) '$.loggedAt', fault NVARCHAR(20), cooldownMs BIGINT '$.cooldownMs', reason NVARCHAR(4000),
-        host NVARCHAR(4000), processId BIGINT '$.processId') j
+        idempotency INT, releaseSequence BIGINT '$.releaseSequence', host NVARCHAR(4000), processId BIGINT '$.processId') j
 
     UPDATE @item
     SET Crossed = 0, Exceeded = 0, Stopped = 0,
@@ -1830,6 +1900,8 @@ BEGIN
             WHEN ISNULL(RequestCount, -1) < 0 OR UnknownCalls < 0 THEN N'counts of calls must not be negative'
             WHEN ISNULL(DurationMs, 0) < 0 THEN N'duration_ms must not be negative'
             WHEN LoggedText IS NOT NULL AND LoggedAt IS NULL THEN N'logged_ms is no time'
+            WHEN Idempotency NOT IN (0, 1, 2) THEN N'idempotency must be 0, 1 or 2'
+            WHEN ReleaseSequence NOT BETWEEN 0 AND 2147483647 THEN N'release_sequence must not be negative'
             WHEN CooldownMs NOT BETWEEN 0 AND 31622400000 THEN N'a cooldown must be 0 to 366 days'
             WHEN Fault NOT IN (N'none', N'cooldown', N'disable', N'exceed') THEN N'fault must be none, cooldown, disable or exceed'
         END
@@ -1866,11 +1938,23 @@ BEGIN
                     SET @told = 1
             END
 
+            -- Whose reservation is released? The row keeps its token, so this may be read before it is locked.
+            IF EXISTS (SELECT 1 FROM @item WHERE ReleaseSequence > 0)
+                UPDATE q
+                SET ReleaseTokenID = (SELECT ISNULL(r.TokenID, 0) FROM dbo.TokenReservations r WITH (FORCESEEK)
+                                      WHERE r.RequestID = q.RequestID AND r.Sequence = q.ReleaseSequence)
+                FROM @item q
+                WHERE q.ReleaseSequence > 0
+
             -- 1. The Summary rows, one by one in ascending TokenID.
             SET @t = 0
             WHILE 1 = 1
             BEGIN
-                SET @t = (SELECT MIN(TokenID) FROM @item WHERE TokenID > @t AND Problem IS NULL)
+                SET @t = (SELECT MIN(q.TokenID)
+                          FROM (SELECT TokenID FROM @item WHERE Problem IS NULL
+                                UNION ALL
+                                SELECT ReleaseTokenID FROM @item WHERE Problem IS NULL) q
+                          WHERE q.TokenID > @t)
                 IF @t IS NULL
                     BREAK
                 UPDATE s SET ReservedTokens = s.ReservedTokens FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK) WHERE s.TokenID = @t
@@ -1891,9 +1975,40 @@ BEGIN
                 IF @position IS NULL
                     BREAK
                 SELECT @i = i, @request = RequestID, @t = TokenID, @company = CompanyID, @total = TotalTokens, @count = RequestCount,
-                       @unknown = UnknownCalls, @fault = Fault, @cooldown = CooldownMs, @reason = Reason
+                       @unknown = UnknownCalls, @fault = Fault, @cooldown = CooldownMs, @reason = Reason,
+                       @release = CAST(ReleaseSequence AS INT), @open = ReleaseTokenID
                 FROM @item
                 WHERE Position = @position
+                IF @release > 0
+                BEGIN
+                    IF @open IS NOT NULL
+                    BEGIN
+                        SET @t = @open
+                        SET @open = 0
+                        SELECT @open = EstimatedTokens
+                        FROM dbo.TokenReservations WITH (FORCESEEK)
+                        WHERE RequestID = @request AND Sequence = @release AND State = N'open'
+                        IF @t <> 0 AND @open > 0
+                            UPDATE s
+                            SET ReservedTokens = CASE WHEN ReservedTokens > @open THEN ReservedTokens - @open ELSE 0 END
+                            FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK)
+                            WHERE s.TokenID = @t
+                        UPDATE r
+                        SET State = N'released', ClosedAt = @now, UnknownCalls = 0
+                        FROM dbo.TokenReservations r WITH (INDEX (UX_TokenReservations_RequestID_Sequence), ROWLOCK)
+                        WHERE r.RequestID = @request AND r.Sequence = @release AND r.ClosedAt IS NULL
+                    END
+                    -- The same twice in one batch: once. One that has come since: a duplicate key, and again.
+                    ELSE IF NOT EXISTS (SELECT 1 FROM @item
+                                        WHERE RequestID = @request AND ReleaseSequence = @release AND Position < @position AND Problem IS NULL)
+                        INSERT INTO dbo.TokenReservations (RequestID, Sequence, TokenID, CompanyID, Branch, RequestedBy, EstimatedTokens, State,
+                                                           UnknownCalls, TokenSource, Host, ProcessID, CreatedAt, ExpiresAt, ClosedAt)
+                        SELECT RequestID, @release, NULL, LEFT(CompanyID, 256), Branch, RequestedBy, 0, N'released', 0, N'fallback', LEFT(Host, 256),
+                               CAST(ProcessID AS INT), @now, @now, @now
+                        FROM @item
+                        WHERE i = @i
+                    CONTINUE
+                END
                 IF EXISTS (SELECT 1 FROM dbo.TokenUsageLogs WITH (FORCESEEK) WHERE RequestID = @request AND TokenID = @t)
                    OR (@t = 0 AND EXISTS (SELECT 1 FROM dbo.TokenUsageLogs WITH (FORCESEEK) WHERE RequestID = @request AND TokenID IS NULL))
                     CONTINUE
@@ -2008,7 +2123,20 @@ BEGIN
                     VALUES (@i, @t, @fault, @cooldown, @reason, @request)
             END
 
-            -- 3. TokenMaster, in ascending TokenID (the order in which the items were taken).
+            -- 3. IdempotencyKeys: also of what was settled before. What was done stays done.
+            IF EXISTS (SELECT 1 FROM @item WHERE Idempotency = 2 AND Problem IS NULL)
+                UPDATE k
+                SET State = N'done'
+                FROM @item q
+                JOIN dbo.IdempotencyKeys k WITH (INDEX (IX_IdempotencyKeys_RequestID), FORCESEEK, ROWLOCK) ON k.RequestID = q.RequestID
+                WHERE q.Idempotency = 2 AND q.Problem IS NULL
+            IF EXISTS (SELECT 1 FROM @item WHERE Idempotency = 1 AND Problem IS NULL)
+                DELETE k
+                FROM @item q
+                JOIN dbo.IdempotencyKeys k WITH (INDEX (IX_IdempotencyKeys_RequestID), FORCESEEK, ROWLOCK) ON k.RequestID = q.RequestID
+                WHERE q.Idempotency = 1 AND q.Problem IS NULL AND k.State = N'in_progress'
+
+            -- 4. TokenMaster, in ascending TokenID (the order in which the items were taken).
             SET @n = 0
             WHILE 1 = 1
             BEGIN
@@ -2055,7 +2183,7 @@ BEGIN
         BEGIN CATCH
             IF @@TRANCOUNT > 0
                 ROLLBACK TRANSACTION;
-            -- A duplicate key: the same settlement, or the same Summary row, was written meanwhile.
+            -- A duplicate key: the same settlement, Summary row or released acquire was written meanwhile.
             IF ERROR_NUMBER() NOT IN (2601, 2627) OR @attempt >= 3
                 THROW;
             SET @attempt = @attempt + 1
@@ -2074,15 +2202,45 @@ END
 GO
 
 -- Writes log entries and failed calls (two JSON arrays), all in one transaction. A text too long for
--- its column is cut: a log entry is never refused.
-ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 2)
+-- its column is cut: a log entry is never refused. @Again 1: an earlier call with them may have
+-- succeeded; those that are there are not kept twice.
+ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 3)
     @Entries  NVARCHAR(MAX),
-    @Attempts NVARCHAR(MAX)
+    @Attempts NVARCHAR(MAX),
+    @Again    INT = 0
 AS
 BEGIN
     SET NOCOUNT ON
     SET XACT_ABORT ON
     DECLARE @time NVARCHAR(100) = N'[12][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]%'
+    DECLARE @there TABLE (n INT NOT NULL PRIMARY KEY) -- places in @Entries, and those in @Attempts below zero
+    IF @Again = 1
+    BEGIN
+        INSERT INTO @there (n)
+        SELECT CAST(a.[key] AS INT)
+        FROM OPENJSON(ISNULL(@Entries, N'[]')) a
+        CROSS APPLY OPENJSON(a.value) WITH (
+            t NVARCHAR(4000) '$.timestamp', module NVARCHAR(4000), line BIGINT, requestId NVARCHAR(4000) '$.requestId',
+            host NVARCHAR(4000)) j
+        WHERE j.t LIKE @time
+          AND EXISTS (SELECT 1 FROM dbo.ApplicationLogs x
+                      WHERE x.Timestamp = TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126)
+                        AND x.Message COLLATE Latin1_General_BIN2 = (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'message')
+                        AND x.Module = LEFT(j.module, 256)
+                        AND x.LineNumber = j.line
+                        AND ISNULL(x.RequestID, N'') = ISNULL(LEFT(j.requestId, 64), N'')
+                        AND x.Host = LEFT(j.host, 256))
+        INSERT INTO @there (n)
+        SELECT -1 - CAST(a.[key] AS INT)
+        FROM OPENJSON(ISNULL(@Attempts, N'[]')) a
+        CROSS APPLY OPENJSON(a.value) WITH (
+            attempt BIGINT, t NVARCHAR(4000) '$.timestamp', requestId NVARCHAR(4000) '$.requestId') j
+        WHERE j.t LIKE @time
+          AND EXISTS (SELECT 1 FROM dbo.RetryAttempts x
+                      WHERE x.Timestamp = TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126)
+                        AND x.RequestID = LEFT(j.requestId, 64)
+                        AND x.Attempt = ISNULL(j.attempt, 1))
+    END
     BEGIN TRANSACTION
     INSERT INTO dbo.ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber, RequestID, Host)
     SELECT ISNULL(CASE WHEN j.t LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126) END, SYSUTCDATETIME()), ISNULL(LEFT(j.level, 20), N'INFO'), LEFT(j.logger, 256),
@@ -2093,6 +2251,7 @@ BEGIN
     CROSS APPLY OPENJSON(a.value) WITH (
         t NVARCHAR(4000) '$.timestamp', level NVARCHAR(4000), logger NVARCHAR(4000), module NVARCHAR(4000),
         func NVARCHAR(4000) '$.function', line BIGINT, requestId NVARCHAR(4000) '$.requestId', host NVARCHAR(4000)) j
+    WHERE NOT EXISTS (SELECT 1 FROM @there x WHERE x.n = CAST(a.[key] AS INT))
     ORDER BY CAST(a.[key] AS INT)
     INSERT INTO dbo.RetryAttempts (TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable, Timestamp, RequestID, StatusCode, DelayMs)
     SELECT NULLIF(j.tokenId, 0), LEFT(j.companyId, 256), ISNULL(j.attempt, 1), LEFT(j.errorMessage, 4000),
@@ -2103,23 +2262,25 @@ BEGIN
         tokenId BIGINT '$.tokenId', companyId NVARCHAR(4000) '$.companyId', attempt BIGINT, errorMessage NVARCHAR(4000) '$.errorMessage',
         isRetryable NVARCHAR(10) '$.isRetryable', t NVARCHAR(4000) '$.timestamp', requestId NVARCHAR(4000) '$.requestId',
         statusCode INT '$.statusCode', delayMs BIGINT '$.delayMs') j
+    WHERE NOT EXISTS (SELECT 1 FROM @there x WHERE x.n = -1 - CAST(a.[key] AS INT))
     ORDER BY CAST(a.[key] AS INT)
     COMMIT TRANSACTION
 END
 GO
 
 -- Reservations past their time (their process died) become unsettled, with an unknown call. Called
--- about once a minute, by any process; each token is a transaction of its own.
-ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 2)
+-- about once a minute, by any process; each token is a transaction of its own. Their requests'
+-- idempotency keys count as done; keys older than 24 hours go.
+ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 3)
 AS
 BEGIN
     SET NOCOUNT ON
     SET XACT_ABORT ON
-    DECLARE @late TABLE (ReservationID BIGINT NOT NULL PRIMARY KEY, TokenID BIGINT NULL)
-    DECLARE @gone TABLE (EstimatedTokens BIGINT NOT NULL)
-    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @t BIGINT = 0, @r BIGINT = 0, @tokens BIGINT, @expired INT = 0
-    INSERT INTO @late (ReservationID, TokenID)
-    SELECT ReservationID, TokenID
+    DECLARE @late TABLE (ReservationID BIGINT NOT NULL PRIMARY KEY, TokenID BIGINT NULL, RequestID NVARCHAR(64) NOT NULL)
+    DECLARE @gone TABLE (EstimatedTokens BIGINT NOT NULL, RequestID NVARCHAR(64) NOT NULL)
+    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @t BIGINT = 0, @r BIGINT = 0, @tokens BIGINT, @expired INT = 0, @rows INT
+    INSERT INTO @late (ReservationID, TokenID, RequestID)
+    SELECT ReservationID, TokenID, RequestID
     FROM dbo.TokenReservations
     WHERE State = N'open' AND ClosedAt IS NULL AND ExpiresAt < @now
     WHILE 1 = 1
@@ -2132,7 +2293,7 @@ BEGIN
         UPDATE s SET ReservedTokens = s.ReservedTokens FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK) WHERE s.TokenID = @t
         UPDATE dbo.TokenReservations
         SET State = N'unsettled', UnknownCalls = UnknownCalls + 1
-        OUTPUT inserted.EstimatedTokens INTO @gone (EstimatedTokens)
+        OUTPUT inserted.EstimatedTokens, inserted.RequestID INTO @gone (EstimatedTokens, RequestID)
         WHERE ReservationID IN (SELECT x.ReservationID FROM @late x WHERE x.TokenID = @t)
           AND State = N'open'
         SET @expired = @expired + @@ROWCOUNT
@@ -2141,6 +2302,10 @@ BEGIN
         SET ReservedTokens = CASE WHEN ReservedTokens > @tokens THEN ReservedTokens - @tokens ELSE 0 END
         FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK)
         WHERE s.TokenID = @t
+        UPDATE k
+        SET State = N'done'
+        FROM @gone g
+        JOIN dbo.IdempotencyKeys k WITH (INDEX (IX_IdempotencyKeys_RequestID), FORCESEEK, ROWLOCK) ON k.RequestID = g.RequestID
         COMMIT TRANSACTION
     END
     WHILE 1 = 1 -- those for the fallback key, one by one
@@ -2148,10 +2313,26 @@ BEGIN
         SET @r = (SELECT MIN(ReservationID) FROM @late WHERE TokenID IS NULL AND ReservationID > @r)
         IF @r IS NULL
             BREAK
+        BEGIN TRANSACTION
         UPDATE dbo.TokenReservations
         SET State = N'unsettled', UnknownCalls = UnknownCalls + 1
         WHERE ReservationID = @r AND State = N'open'
-        SET @expired = @expired + @@ROWCOUNT
+        SET @rows = @@ROWCOUNT
+        IF @rows > 0
+            UPDATE k
+            SET State = N'done'
+            FROM @late x
+            JOIN dbo.IdempotencyKeys k WITH (INDEX (IX_IdempotencyKeys_RequestID), FORCESEEK, ROWLOCK) ON k.RequestID = x.RequestID
+            WHERE x.ReservationID = @r
+        COMMIT TRANSACTION
+        SET @expired = @expired + @rows
+    END
+    -- READPAST: a row that somebody takes over now is no business of this.
+    SET @rows = 2000
+    WHILE @rows = 2000
+    BEGIN
+        DELETE TOP (2000) FROM dbo.IdempotencyKeys WITH (READPAST, ROWLOCK) WHERE ExpiresAt < @now
+        SET @rows = @@ROWCOUNT
     END
     SELECT @expired AS Expired
 END
@@ -2165,7 +2346,7 @@ GO
 
 -- For the procedures below: what is wrong with a text, NULL where nothing is; the phrase completes a
 -- sentence that begins with its name.
-ALTER PROCEDURE dbo.usp_TextFault -- (schema 2)
+ALTER PROCEDURE dbo.usp_TextFault -- (schema 3)
     @Text  NVARCHAR(4000),
     @Fault NVARCHAR(100) OUTPUT
 AS
@@ -2183,15 +2364,17 @@ END
 GO
 
 -- A new token. @TotalTokenLimit NULL: no limit. @Threshold: the share of the limit at which one
--- warning is logged; NULL or 0: 0.8.
-ALTER PROCEDURE dbo.usp_AddToken -- (schema 2)
+-- warning is logged; NULL or 0: 0.8. @Pending 1: it has no key yet and is Disabled; usp_ActivateToken, in
+-- the same transaction, brings the key, which may have been sealed for this TokenID.
+ALTER PROCEDURE dbo.usp_AddToken -- (schema 3)
     @Actor           NVARCHAR(4000),
     @CompanyID       NVARCHAR(4000),
     @CompanyName     NVARCHAR(4000) = NULL,
     @Provider        NVARCHAR(4000) = NULL,
     @ApiKey          NVARCHAR(4000),
     @TotalTokenLimit BIGINT = NULL,
-    @Threshold       FLOAT = NULL
+    @Threshold       FLOAT = NULL,
+    @Pending         INT = 0
 AS
 BEGIN
     SET NOCOUNT ON
@@ -2211,7 +2394,9 @@ BEGIN
             WHEN @company_fault IS NOT NULL THEN N'CompanyID ' + @company_fault
             WHEN @name_fault IS NOT NULL THEN N'CompanyName ' + @name_fault
             WHEN @provider_fault IS NOT NULL THEN N'Provider ' + @provider_fault
-            WHEN @key IS NULL THEN N'an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII'
+            WHEN @Pending = 1 AND ISNULL(@ApiKey, N'') <> N'' THEN N'a token that waits for its key has none yet'
+            WHEN @key IS NULL AND @Pending = 0 THEN N'an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII'
+            WHEN @Pending NOT IN (0, 1) THEN N'@Pending must be 0 or 1'
             WHEN @TotalTokenLimit NOT BETWEEN 0 AND 1000000000000000 THEN N'a limit must be 0 to 10^15, or none'
             WHEN @Threshold NOT BETWEEN 0 AND 1 THEN N'a threshold must be above 0 and at most 1'
         END
@@ -2221,7 +2406,8 @@ BEGIN
         SET @Provider = ISNULL(@Provider, N'Gemini')
         BEGIN TRANSACTION
         INSERT INTO dbo.TokenMaster (CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, Status, CreatedAt, UpdatedAt)
-        VALUES (@CompanyID, @CompanyName, @key, @Provider, @TotalTokenLimit, N'Active', @now, @now)
+        VALUES (@CompanyID, @CompanyName, ISNULL(@key, N''), @Provider, @TotalTokenLimit,
+                CASE WHEN @Pending = 1 THEN N'Disabled' ELSE N'Active' END, @now, @now)
         SET @id = CAST(SCOPE_IDENTITY() AS BIGINT)
         INSERT INTO dbo.TokenUsageSummary (TokenID, TotalUsedTokens, TotalRemainingTokens, Threshold, ReservedTokens, LastUpdated)
         VALUES (@id, 0, @TotalTokenLimit, @Threshold, 0, @now)
@@ -2236,8 +2422,38 @@ BEGIN
 END
 GO
 
+-- The key of a token that usp_AddToken has added without one; it is Active from now on.
+ALTER PROCEDURE dbo.usp_ActivateToken -- (schema 3)
+    @TokenID BIGINT,
+    @ApiKey  NVARCHAR(4000)
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    DECLARE @code NVARCHAR(20) = N'ok', @message NVARCHAR(400), @key NVARCHAR(1024)
+    EXEC dbo.usp_UsableKey @ApiKey = @ApiKey, @Usable = @key OUTPUT
+    IF @key IS NULL
+    BEGIN
+        SET @code = N'bad_value'
+        SET @message = N'an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII'
+    END
+    ELSE
+    BEGIN
+        UPDATE dbo.TokenMaster
+        SET ApiKey = @key, Status = N'Active', UpdatedAt = SYSUTCDATETIME()
+        WHERE TokenID = @TokenID AND ApiKey = N'' AND Status = N'Disabled'
+        IF @@ROWCOUNT = 0
+        BEGIN
+            SET @code = N'no_such_row'
+            SET @message = N'there is no token ' + ISNULL(CAST(@TokenID AS NVARCHAR(40)), N'NULL') + N' that waits for its key'
+        END
+    END
+    SELECT @code AS Code, @message AS Message
+END
+GO
+
 -- A token's status, by hand: Active, Expired, Exceeded or Disabled. Active ends a cooldown.
-ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 2)
+ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 3)
     @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
     @Status  NVARCHAR(4000),
@@ -2286,7 +2502,7 @@ END
 GO
 
 -- Another key for a token: the old one serves no request that begins after this.
-ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 2)
+ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 3)
     @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
     @ApiKey  NVARCHAR(4000)
@@ -2325,9 +2541,70 @@ BEGIN
 END
 GO
 
+-- The API keys as they are, plain or sealed, of up to @Rows tokens after that one; those that are longer
+-- than any key are left out. For extractctl, which seals them.
+ALTER PROCEDURE dbo.usp_ListTokenKeys -- (schema 3)
+    @AfterID BIGINT,
+    @Rows    INT
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    SELECT TOP (@Rows) TokenID, CAST(ISNULL(ApiKey, N'') AS NVARCHAR(1024)) AS ApiKey
+    FROM dbo.TokenMaster
+    WHERE TokenID > @AfterID AND ISNULL(LEN(ApiKey + N'.'), 1) <= 1025
+    ORDER BY TokenID
+END
+GO
+
+-- The same key in another form, sealed or sealed anew: only from what usp_ListTokenKeys said of it.
+ALTER PROCEDURE dbo.usp_ResealToken -- (schema 3)
+    @Actor    NVARCHAR(4000),
+    @TokenID  BIGINT,
+    @ApiKey   NVARCHAR(4000),
+    @Expected NVARCHAR(1024)
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @code NVARCHAR(20) = N'ok', @message NVARCHAR(400)
+    DECLARE @actor_fault NVARCHAR(100), @key NVARCHAR(1024)
+    EXEC dbo.usp_TextFault @Text = @Actor, @Fault = @actor_fault OUTPUT
+    EXEC dbo.usp_UsableKey @ApiKey = @ApiKey, @Usable = @key OUTPUT
+    SET @message = CASE
+            WHEN ISNULL(@Actor, N'') = N'' THEN N'the actor''s name must not be empty'
+            WHEN @actor_fault IS NOT NULL THEN N'the actor''s name ' + @actor_fault
+            WHEN @key IS NULL THEN N'an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII'
+        END
+    IF @message IS NOT NULL
+        SET @code = N'bad_value'
+    ELSE
+    BEGIN
+        BEGIN TRANSACTION
+        -- The dots: a comparison forgets trailing spaces.
+        UPDATE dbo.TokenMaster
+        SET ApiKey = @key, UpdatedAt = @now
+        WHERE TokenID = @TokenID
+          AND (ISNULL(ApiKey, N'') + N'.') COLLATE Latin1_General_BIN2 = ISNULL(@Expected, N'') + N'.'
+        IF @@ROWCOUNT = 0
+        BEGIN
+            SET @code = N'no_such_row'
+            SET @message = N'there is no token ' + ISNULL(CAST(@TokenID AS NVARCHAR(40)), N'NULL') + N', or its key is another by now'
+        END
+        ELSE
+            INSERT INTO dbo.AuditLog (Timestamp, Actor, Action, ObjectType, ObjectID, CompanyID)
+            SELECT @now, @Actor, N'token key sealed', N'TokenMaster', CAST(@TokenID AS NVARCHAR(40)), CompanyID
+            FROM dbo.TokenMaster
+            WHERE TokenID = @TokenID
+        COMMIT TRANSACTION
+    END
+    SELECT @code AS Code, @message AS Message
+END
+GO
+
 -- A token's limit (NULL: none) and threshold (NULL or 0: unchanged). The sums follow; an Exceeded
 -- token with room again becomes Active, an Active one without becomes Exceeded.
-ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 2)
+ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 3)
     @Actor           NVARCHAR(4000),
     @TokenID         BIGINT,
     @TotalTokenLimit BIGINT,
@@ -2392,6 +2669,109 @@ BEGIN
 END
 GO
 
+-- Whose client key has this hash (SHA-256, 64 hexadecimal digits)? No row: unknown, or revoked.
+-- CompanyID NULL: an administrator's.
+ALTER PROCEDURE dbo.usp_FindClientKey -- (schema 3)
+    @KeyHash NVARCHAR(64)
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    SELECT ClientKeyID, CompanyID, CAST(IsAdmin AS INT) AS IsAdmin
+    FROM dbo.ClientKeys
+    WHERE KeyHash = @KeyHash AND RevokedAt IS NULL
+END
+GO
+
+-- A new client key: its ID (up to 32 hexadecimal digits) and hash; the key itself comes nowhere near the
+-- database. @CompanyID NULL: an administrator's.
+ALTER PROCEDURE dbo.usp_AddClientKey -- (schema 3)
+    @Actor       NVARCHAR(4000),
+    @ClientKeyID NVARCHAR(4000),
+    @KeyHash     NVARCHAR(4000),
+    @CompanyID   NVARCHAR(4000) = NULL,
+    @Label       NVARCHAR(4000) = NULL
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @code NVARCHAR(20) = N'ok', @message NVARCHAR(400)
+    DECLARE @actor_fault NVARCHAR(100), @company_fault NVARCHAR(100), @label_fault NVARCHAR(100)
+    EXEC dbo.usp_TextFault @Text = @Actor, @Fault = @actor_fault OUTPUT
+    EXEC dbo.usp_TextFault @Text = @CompanyID, @Fault = @company_fault OUTPUT
+    EXEC dbo.usp_TextFault @Text = @Label, @Fault = @label_fault OUTPUT
+    SET @message = CASE
+            WHEN ISNULL(@Actor, N'') = N'' THEN N'the actor''s name must not be empty'
+            WHEN @actor_fault IS NOT NULL THEN N'the actor''s name ' + @actor_fault
+            WHEN ISNULL(LEN(@ClientKeyID + N'.'), 0) NOT BETWEEN 2 AND 33 OR @ClientKeyID LIKE N'%[^0-9a-f]%' COLLATE Latin1_General_BIN2
+                THEN N'a client key''s ID is 1 to 32 hexadecimal digits'
+            WHEN @CompanyID = N'' THEN N'CompanyID must not be empty'
+            WHEN @company_fault IS NOT NULL THEN N'CompanyID ' + @company_fault
+            WHEN @label_fault IS NOT NULL THEN N'the label ' + @label_fault
+            WHEN ISNULL(LEN(@KeyHash + N'.'), 0) <> 65 OR @KeyHash LIKE N'%[^0-9a-f]%' COLLATE Latin1_General_BIN2
+                THEN N'a client key''s hash must be SHA-256 in hexadecimal'
+            WHEN EXISTS (SELECT 1 FROM dbo.ClientKeys WHERE ClientKeyID = @ClientKeyID OR KeyHash = @KeyHash)
+                THEN N'there is such a client key already'
+        END
+    IF @message IS NOT NULL
+        SET @code = N'bad_value'
+    ELSE
+    BEGIN TRY
+        BEGIN TRANSACTION
+        INSERT INTO dbo.ClientKeys (ClientKeyID, KeyHash, CompanyID, IsAdmin, Label, CreatedAt)
+        VALUES (@ClientKeyID, @KeyHash, @CompanyID, CASE WHEN @CompanyID IS NULL THEN 1 ELSE 0 END, @Label, @now)
+        INSERT INTO dbo.AuditLog (Timestamp, Actor, Action, ObjectType, ObjectID, CompanyID, Detail)
+        VALUES (@now, @Actor, N'client key added', N'ClientKeys', @ClientKeyID, @CompanyID, @Label)
+        COMMIT TRANSACTION
+    END TRY
+    BEGIN CATCH
+        IF @@TRANCOUNT > 0
+            ROLLBACK TRANSACTION;
+        IF ERROR_NUMBER() NOT IN (2601, 2627)
+            THROW;
+        SET @code = N'bad_value'
+        SET @message = N'there is such a client key already'
+    END CATCH
+    SELECT @code AS Code, @message AS Message
+END
+GO
+
+-- Ends a client key: no request that begins after this is let in by it. One that is revoked stays as it is.
+ALTER PROCEDURE dbo.usp_RevokeClientKey -- (schema 3)
+    @Actor       NVARCHAR(4000),
+    @ClientKeyID NVARCHAR(4000)
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @code NVARCHAR(20) = N'ok', @message NVARCHAR(400), @actor_fault NVARCHAR(100)
+    EXEC dbo.usp_TextFault @Text = @Actor, @Fault = @actor_fault OUTPUT
+    SET @message = CASE
+            WHEN ISNULL(@Actor, N'') = N'' THEN N'the actor''s name must not be empty'
+            WHEN @actor_fault IS NOT NULL THEN N'the actor''s name ' + @actor_fault
+        END
+    IF @message IS NOT NULL
+        SET @code = N'bad_value'
+    ELSE
+    BEGIN
+        BEGIN TRANSACTION
+        UPDATE dbo.ClientKeys SET RevokedAt = @now WHERE ClientKeyID = @ClientKeyID AND RevokedAt IS NULL
+        IF @@ROWCOUNT > 0
+            INSERT INTO dbo.AuditLog (Timestamp, Actor, Action, ObjectType, ObjectID, CompanyID)
+            SELECT @now, @Actor, N'client key revoked', N'ClientKeys', ClientKeyID, CompanyID
+            FROM dbo.ClientKeys
+            WHERE ClientKeyID = @ClientKeyID
+        ELSE IF NOT EXISTS (SELECT 1 FROM dbo.ClientKeys WHERE ClientKeyID = @ClientKeyID)
+        BEGIN
+            SET @code = N'no_such_row'
+            SET @message = N'there is no client key ' + ISNULL(LEFT(@ClientKeyID, 64), N'NULL')
+        END
+        COMMIT TRANSACTION
+    END
+    SELECT @code AS Code, @message AS Message
+END
+GO
+
 -- ---- procedures: reading -------------------------------------------------------------------
 
 -- What extractctl and the administration pages show. All take the same filters, NULL for no bound:
@@ -2399,7 +2779,7 @@ GO
 -- 2026-11-22T12:13:21.123Z), IDs below @BeforeID (the next page), at most @Rows rows. Times come out
 -- as text in that form, newest rows first. RECOMPILE: one plan for all filters would be a bad one.
 -- vw_TokenStatus.
-ALTER PROCEDURE dbo.usp_ListTokens -- (schema 2)
+ALTER PROCEDURE dbo.usp_ListTokens -- (schema 3)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2442,7 +2822,7 @@ GO
 
 -- What was used, by @By: day, branch, user or token. Rolled-up months are not in it (vw_UsageSummary).
 -- North and north are two branches, whatever this database's collation; a company is one in any case.
-ALTER PROCEDURE dbo.usp_UsageReport -- (schema 2)
+ALTER PROCEDURE dbo.usp_UsageReport -- (schema 3)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2566,7 +2946,7 @@ END
 GO
 
 -- ApplicationLogs. An entry has no company but that of its request. @ErrorsOnly 1: ERROR and CRITICAL.
-ALTER PROCEDURE dbo.usp_ListLogs -- (schema 2)
+ALTER PROCEDURE dbo.usp_ListLogs -- (schema 3)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2605,7 +2985,7 @@ END
 GO
 
 -- RetryAttempts.
-ALTER PROCEDURE dbo.usp_ListRetries -- (schema 2)
+ALTER PROCEDURE dbo.usp_ListRetries -- (schema 3)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2641,7 +3021,7 @@ END
 GO
 
 -- Reservations that are open or unsettled. @UnsettledOnly 1: vw_UnsettledRequests.
-ALTER PROCEDURE dbo.usp_ListReservations -- (schema 2)
+ALTER PROCEDURE dbo.usp_ListReservations -- (schema 3)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2712,7 +3092,7 @@ END
 GO
 
 -- How many tokens have which status.
-ALTER PROCEDURE dbo.usp_CountTokens -- (schema 2)
+ALTER PROCEDURE dbo.usp_CountTokens -- (schema 3)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2736,7 +3116,7 @@ END
 GO
 
 -- AuditLog.
-ALTER PROCEDURE dbo.usp_ListAudit -- (schema 2)
+ALTER PROCEDURE dbo.usp_ListAudit -- (schema 3)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2770,6 +3150,36 @@ BEGIN
 END
 GO
 
+-- ClientKeys, but for the hashes.
+ALTER PROCEDURE dbo.usp_ListClientKeys -- (schema 3)
+    @CompanyID NVARCHAR(256) = NULL,
+    @RequestID NVARCHAR(64) = NULL,
+    @Since     NVARCHAR(24) = NULL,
+    @Until     NVARCHAR(24) = NULL,
+    @BeforeID  BIGINT = NULL,
+    @Rows      INT = NULL
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+    DECLARE @from DATETIME2(3) = CONVERT(DATETIME2(3), LEFT(@Since, 23), 126), @to DATETIME2(3) = CONVERT(DATETIME2(3), LEFT(@Until, 23), 126)
+    SET @Rows = ISNULL(@Rows, 2147483647)
+    SELECT TOP (@Rows)
+           ClientKeyID,
+           CompanyID,
+           CAST(IsAdmin AS INT) AS IsAdmin,
+           Label,
+           REPLACE(LEFT(CONVERT(NVARCHAR(23), CreatedAt, 121) + CASE WHEN DATEPART(MILLISECOND, CreatedAt) = 0 THEN N'.000' ELSE N'00' END, 23), N' ', N'T') + N'Z' AS CreatedAt,
+           REPLACE(LEFT(CONVERT(NVARCHAR(23), RevokedAt, 121) + CASE WHEN DATEPART(MILLISECOND, RevokedAt) = 0 THEN N'.000' ELSE N'00' END, 23), N' ', N'T') + N'Z' AS RevokedAt
+    FROM dbo.ClientKeys k
+    WHERE (@CompanyID IS NULL OR UPPER(CompanyID) = UPPER(@CompanyID))
+      AND (@from IS NULL OR k.CreatedAt >= @from)
+      AND (@to IS NULL OR k.CreatedAt < @to)
+    ORDER BY k.CreatedAt DESC, ClientKeyID
+    OPTION (RECOMPILE)
+END
+GO
+
 -- ---- roles ---------------------------------------------------------------------------------
 
 -- extract_app: the service. It may execute these procedures and touch no table: they reach the tables
@@ -2789,6 +3199,7 @@ GRANT EXECUTE ON dbo.usp_AcquireTokens TO extract_app
 GRANT EXECUTE ON dbo.usp_SettleUsage TO extract_app
 GRANT EXECUTE ON dbo.usp_RecordLogs TO extract_app
 GRANT EXECUTE ON dbo.usp_ExpireReservations TO extract_app
+GRANT EXECUTE ON dbo.usp_FindClientKey TO extract_app
 GRANT EXECUTE ON dbo.usp_ListTokens TO extract_app
 GRANT EXECUTE ON dbo.usp_UsageReport TO extract_app
 GRANT EXECUTE ON dbo.usp_ListLogs TO extract_app
@@ -2802,6 +3213,13 @@ GRANT EXECUTE ON dbo.usp_AddToken TO extract_admin
 GRANT EXECUTE ON dbo.usp_SetTokenStatus TO extract_admin
 GRANT EXECUTE ON dbo.usp_SetTokenKey TO extract_admin
 GRANT EXECUTE ON dbo.usp_SetTokenLimit TO extract_admin
+GRANT EXECUTE ON dbo.usp_ActivateToken TO extract_admin
+GRANT EXECUTE ON dbo.usp_ListTokenKeys TO extract_admin
+GRANT EXECUTE ON dbo.usp_ResealToken TO extract_admin
+GRANT EXECUTE ON dbo.usp_FindClientKey TO extract_admin
+GRANT EXECUTE ON dbo.usp_AddClientKey TO extract_admin
+GRANT EXECUTE ON dbo.usp_RevokeClientKey TO extract_admin
+GRANT EXECUTE ON dbo.usp_ListClientKeys TO extract_admin
 GRANT EXECUTE ON dbo.usp_ListTokens TO extract_admin
 GRANT EXECUTE ON dbo.usp_UsageReport TO extract_admin
 GRANT EXECUTE ON dbo.usp_ListLogs TO extract_admin
@@ -2833,9 +3251,10 @@ FROM (VALUES (N'vw_TokenStatus'), (N'vw_UsageSummary'), (N'vw_RecentErrors'), (N
              (N'usp_UsableKey'), (N'usp_AcquireTokens'), (N'usp_SettleUsage'), (N'usp_RecordLogs'), (N'usp_ExpireReservations'),
              (N'usp_TextFault'), (N'usp_AddToken'), (N'usp_SetTokenStatus'), (N'usp_SetTokenKey'), (N'usp_SetTokenLimit'),
              (N'usp_ListTokens'), (N'usp_UsageReport'), (N'usp_ListLogs'), (N'usp_ListRetries'), (N'usp_ListReservations'),
-             (N'usp_CountTokens'), (N'usp_ListAudit')) AS v (name)
+             (N'usp_CountTokens'), (N'usp_ListAudit'), (N'usp_ActivateToken'), (N'usp_ListTokenKeys'), (N'usp_ResealToken'),
+             (N'usp_FindClientKey'), (N'usp_AddClientKey'), (N'usp_RevokeClientKey'), (N'usp_ListClientKeys')) AS v (name)
 WHERE NOT EXISTS (SELECT 1 FROM sys.sql_modules m
-                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 2)%')
+                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 3)%')
 IF @missing <> N''
 BEGIN
     SET @missing = N'extract-fcgi: the setup is not complete, and no version was noted. These are missing, or older:' + @missing;
@@ -2851,12 +3270,12 @@ IF OBJECT_ID(N'dbo.SchemaVersion', N'U') IS NULL
         CONSTRAINT CK_SchemaVersion_OneRow CHECK (SchemaVersionID = 1)
     )
 UPDATE dbo.SchemaVersion
-SET Version = 2, Major = 1, AppliedAt = SYSUTCDATETIME()
-WHERE SchemaVersionID = 1 AND Version < 2
+SET Version = 3, Major = 1, AppliedAt = SYSUTCDATETIME()
+WHERE SchemaVersionID = 1 AND Version < 3
 IF NOT EXISTS (SELECT 1 FROM dbo.SchemaVersion WHERE SchemaVersionID = 1)
-    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 2, 1)
+    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 3, 1)
 COMMIT TRANSACTION
-PRINT N'extract-fcgi: schema version 2 is complete'
+PRINT N'extract-fcgi: schema version 3 is complete'
 GO
 SET NOEXEC OFF
 GO

@@ -232,6 +232,7 @@ CREATE TABLE IF NOT EXISTS IdempotencyKeys (
     PRIMARY KEY (CompanyID, IdempotencyKey)
 );
 CREATE INDEX IF NOT EXISTS IX_IdempotencyKeys_ExpiresAt ON IdempotencyKeys (ExpiresAt);
+CREATE INDEX IF NOT EXISTS IX_IdempotencyKeys_RequestID ON IdempotencyKeys (RequestID);
 
 -- Who changed what, and when: administrators by extractctl, and the service itself
 -- ('extract-fcgi') when it changes a token's status. Never a secret.
@@ -255,7 +256,8 @@ SELECT t.TokenID,
        t.CompanyID,
        t.CompanyName,
        t.Provider,
-       CASE WHEN LENGTH(t.ApiKey) >= 8 THEN '…' || SUBSTR(t.ApiKey, -4) ELSE '…' END AS ApiKey,
+       CASE WHEN t.ApiKey LIKE 'sealed:%' THEN 'sealed'
+            WHEN LENGTH(t.ApiKey) >= 8 THEN '…' || SUBSTR(t.ApiKey, -4) ELSE '…' END AS ApiKey,
        t.Status,
        t.StatusReason,
        t.TotalTokenLimit,
@@ -326,7 +328,7 @@ ORDER BY r.ReservationID DESC;
 
 -- Never takes a newer version down.
 INSERT INTO SchemaVersion (SchemaVersionID, Version, Major)
-VALUES (1, 2, 1)
+VALUES (1, 3, 1)
 ON CONFLICT (SchemaVersionID) DO UPDATE
     SET Version = excluded.Version,
         Major = excluded.Major,

@@ -114,7 +114,7 @@ static void fuzz_acquire(struct fuzz_input *input)
         CHECK(memchr(a->api_key, '\0', sizeof a->api_key) != NULL);
         CHECK(memchr(a->company_id_stored, '\0', sizeof a->company_id_stored) != NULL);
         CHECK(a->code == ERR_NONE || (a->token_id == 0 && a->api_key[0] == '\0'));
-        CHECK(a->grant <= GRANT_BUSY);
+        CHECK(a->grant <= GRANT_DUPLICATE);
         CHECK(a->code != ERR_NONE || a->grant != GRANT_TOKEN || a->token_id == 0 ||
               a->api_key[0] != '\0');
     }
@@ -163,7 +163,7 @@ static void fuzz_record(struct fuzz_input *input)
     attempt.wall_ms = fuzz_int64(input) % INT64_C(253402300799999);
     snprintf(attempt.company_id, sizeof attempt.company_id, "%s", t[2]);
     snprintf(attempt.error_message, sizeof attempt.error_message, "%s", t[0]);
-    (void)!store_mssql.record(NULL, &entry, 1, attempts, 1, &err);
+    (void)!store_mssql.record(NULL, &entry, 1, attempts, 1, false, &err);
     free(entry);
 }
 

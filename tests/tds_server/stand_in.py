@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COUNT_MAX = 10 ** 15
 SPAN_MAX = 366 * 86400 * 1000
 GUARD_WINDOW_MS, GUARD_OTHERS, GUARD_COOLDOWN_MS = 60_000, 2, 600_000
+IDEMPOTENCY_MS = 86_400_000
 SERVICE = "extract-fcgi"
 SERVED = "(t.Provider IS NULL OR t.Provider IN ('', 'Google', 'Gemini'))"
 USED_BY_ROWS = """((SELECT IFNULL(SUM(u.TotalTokensUsed), 0) FROM TokenUsageLogs u WHERE u.TokenID = t.TokenID)
@@ -138,9 +139,11 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing (SET XACT_ABORT ON)."""
+        """All or nothing (SET XACT_ABORT ON); inside a transaction of the session, a part of that."""
         with self.lock:
-            self.db.execute("BEGIN IMMEDIATE")
+            inside = self.db.in_transaction
+            if not inside:
+                self.db.execute("BEGIN IMMEDIATE")
             try:
                 yield
             except sqlite3.IntegrityError as error:
@@ -153,7 +156,8 @@ class Database:
             except BaseException:
                 self.db.execute("ROLLBACK")
                 raise
-            self.db.execute("COMMIT")
+            if not inside:
+                self.db.execute("COMMIT")
 
     def has_procedure(self, name: str) -> bool:
         with self.lock:
@@ -193,20 +197,21 @@ def exists(db: Database, table: str) -> bool:
 
 ACQUIRE = {"i": int, "requestId": str, "sequence": int, "companyId": str, "branch": str, "requestedBy": str,
            "estimate": int, "expiresMs": int, "choice": int, "previousTokenId": int, "fault": str, "cooldownMs": int,
-           "reason": str, "previousSpent": int, "fallbackIfNone": int, "fallbackOnly": int, "host": str,
-           "processId": int, "excluded": list}
+           "reason": str, "previousSpent": int, "fallbackIfNone": int, "fallbackOnly": int, "idempotencyKey": str,
+           "host": str, "processId": int, "excluded": list}
 EXCLUDED = {"t": int, "f": int}
 SETTLE = {"i": int, "requestId": str, "tokenId": int, "companyId": str, "branch": str, "requestedBy": str,
           "clientKeyId": str, "tokenSource": str, "model": str, "inputTokens": int, "outputTokens": int,
           "textPromptTokens": int, "imagePromptTokens": int, "textCandidatesTokens": int, "thoughtsTokens": int,
           "cachedTokens": int, "totalTokens": int, "requestCount": int, "unknownCalls": int, "durationMs": int,
-          "loggedAt": str, "fault": str, "cooldownMs": int, "reason": str, "host": str, "processId": int}
+          "loggedAt": str, "fault": str, "cooldownMs": int, "reason": str, "idempotency": int, "releaseSequence": int,
+          "host": str, "processId": int}
 ENTRY = {"timestamp": str, "level": str, "logger": str, "message": str, "exception": str, "module": str,
          "function": str, "line": int, "requestId": str, "host": str}
 ATTEMPT = {"tokenId": int, "companyId": str, "attempt": int, "errorMessage": str, "isRetryable": int,
            "timestamp": str, "requestId": str, "statusCode": int, "delayMs": int}
 NULLABLE = {"branch", "requestedBy", "clientKeyId", "model", "reason", "exception", "function", "requestId", "module",
-            "logger", "host", "loggedAt", "message"}
+            "logger", "host", "loggedAt", "message", "idempotencyKey"}
 
 
 def parse(text: str | None, shape: dict[str, type], what: str) -> list[dict[str, Any]]:
@@ -282,11 +287,11 @@ def audit(db: Database, now: str, actor: str, action: str, token: int, request: 
 def insert_reservation(db: Database, now: int, item: dict[str, Any], sequence: int, token: int, company: str,
                        state: str, estimate: int, expires_ms: int, unknown: int) -> None:
     db.run("INSERT INTO TokenReservations (RequestID, Sequence, TokenID, CompanyID, Branch, RequestedBy,"
-           " EstimatedTokens, State, UnknownCalls, TokenSource, Host, ProcessID, CreatedAt, ExpiresAt)"
-           " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+           " EstimatedTokens, State, UnknownCalls, TokenSource, Host, ProcessID, CreatedAt, ExpiresAt, ClosedAt)"
+           " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
            item["requestId"], sequence, token or None, fits("CompanyID", company), fits("Branch", item["branch"]),
            fits("RequestedBy", item["requestedBy"]), estimate, state, unknown, "store" if token else "fallback",
-           item["host"], item["processId"], stamp(now), stamp(now + expires_ms))
+           item["host"], item["processId"], stamp(now), stamp(now + expires_ms), stamp(now) if state == "released" else None)
 
 
 # ---- faults ----
@@ -343,7 +348,8 @@ def apply_fault(db: Database, now: int, token: int, item: dict[str, Any]) -> int
 
 GRANT = [("i", T_INT), ("Code", t_nvarchar(20)), ("Message", t_nvarchar(400)), ("Grant", t_nvarchar(20)),
          ("TokenID", T_BIGINT), ("ApiKey", t_nvarchar(1024)), ("CompanyID", t_nvarchar(256)),
-         ("FirstUsableMs", T_BIGINT), ("BusyToo", T_INT), ("DisablingStopped", T_INT)]
+         ("FirstUsableMs", T_BIGINT), ("BusyToo", T_INT), ("DisablingStopped", T_INT),
+         ("FirstRequestID", t_nvarchar(64)), ("FirstIsDone", T_INT)]
 
 
 def grant_again(db: Database, item: dict[str, Any]) -> dict[str, Any] | None:
@@ -416,9 +422,27 @@ def choose(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
     return {"Grant": "no_token" if not known else "expired" if newest[2] else "unavailable", "CompanyID": company}
 
 
+def choose_once(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
+    """The same with an idempotency key, which the request takes with its first token."""
+    key, request = item["idempotencyKey"], item["requestId"]
+    company = db.one(f"SELECT t.CompanyID FROM TokenMaster t WHERE t.CompanyID = ? ORDER BY {SERVED} DESC,"
+                     " to_ms(t.CreatedAt) DESC, t.TokenID DESC", item["companyId"]) or item["companyId"]
+    first = db.row("SELECT RequestID, State = 'done' FROM IdempotencyKeys WHERE CompanyID = ? AND IdempotencyKey = ?"
+                   " AND to_ms(ExpiresAt) > ?", company, key, now)
+    if first and first[0] != request and not item["fallbackOnly"]:
+        return {"Grant": "duplicate", "CompanyID": item["companyId"], "FirstRequestID": first[0], "FirstIsDone": first[1]}
+    out = choose(db, now, item)
+    if out["Grant"] == "token" and first is None:
+        db.run("REPLACE INTO IdempotencyKeys (CompanyID, IdempotencyKey, RequestID, CreatedAt, ExpiresAt)"
+               " VALUES (?, ?, ?, ?, ?)", company, key, request, stamp(now), stamp(now + IDEMPOTENCY_MS))
+    return out
+
+
 def acquire_one(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
     if item["choice"] < 0:
         raise BadItem("choice must not be negative")
+    if item["idempotencyKey"] is not None and not 1 <= len(item["idempotencyKey"]) <= 128:
+        raise BadItem("idempotency_key must have 1 to 128 bytes")
     if item["sequence"] < 1 or not 0 <= item["estimate"] <= COUNT_MAX or not 0 <= item["expiresMs"] <= SPAN_MAX:
         raise BadItem("sequence, estimate or expiresMs is out of range")
     for one in item["excluded"]:
@@ -431,7 +455,8 @@ def acquire_one(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
         stopped = apply_fault(db, now, item["previousTokenId"], item)
         if not item["previousSpent"]:
             release_previous(db, now, item)
-    return choose(db, now, item) | {"DisablingStopped": stopped}
+    chosen = choose(db, now, item) if item["idempotencyKey"] is None else choose_once(db, now, item)
+    return chosen | {"DisablingStopped": stopped}
 
 
 def each_item(db: Database, items: list[dict[str, Any]], columns: list[tuple[str, Type]],
@@ -519,6 +544,27 @@ def insert_usage(db: Database, now: int, item: dict[str, Any], company: str) -> 
            company, item["clientKeyId"], item["tokenSource"], item["unknownCalls"], model, item["durationMs"])
 
 
+def settle_key(db: Database, item: dict[str, Any]) -> None:
+    if item["idempotency"] == 1:
+        db.run("DELETE FROM IdempotencyKeys WHERE RequestID = ? AND State = 'in_progress'", item["requestId"])
+    elif item["idempotency"] == 2:
+        db.run("UPDATE IdempotencyKeys SET State = 'done' WHERE RequestID = ?", item["requestId"])
+
+
+def release_unheard(db: Database, now: int, item: dict[str, Any]) -> None:
+    """What that acquire has reserved, or will yet reserve."""
+    which = item["requestId"], item["releaseSequence"]
+    row = db.row("SELECT IFNULL(TokenID, 0), EstimatedTokens, State FROM TokenReservations"
+                 " WHERE RequestID = ? AND Sequence = ?", *which)
+    if row is None:
+        insert_reservation(db, now, item, item["releaseSequence"], 0, item["companyId"], "released", 0, 0, 0)
+        return
+    if row[2] == "open":
+        unreserve(db, row[0], row[1])
+    db.run("UPDATE TokenReservations SET State = 'released', ClosedAt = ?, UnknownCalls = 0"
+           " WHERE RequestID = ? AND Sequence = ? AND ClosedAt IS NULL", stamp(now), *which)
+
+
 def settle_one(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
     request, token = item["requestId"], item["tokenId"]
     if any(not 0 <= item[name] <= COUNT_MAX for name in COUNTS) or item["requestCount"] < 0 \
@@ -526,6 +572,12 @@ def settle_one(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
         raise BadItem("a count is out of range")
     if item["loggedAt"] is not None and not is_time(item["loggedAt"]):
         raise BadItem("loggedAt is no time")
+    if item["idempotency"] not in (0, 1, 2) or not 0 <= item["releaseSequence"] < 2 ** 31:
+        raise BadItem("idempotency or releaseSequence is out of range")
+    settle_key(db, item)
+    if item["releaseSequence"] > 0:
+        release_unheard(db, now, item)
+        return {}
     if db.row("SELECT 1 FROM TokenUsageLogs WHERE RequestID = ? AND IFNULL(TokenID, 0) = ?", request, token):
         return {}
     last, opened, company = db.row(  # type: ignore[misc]
@@ -565,9 +617,23 @@ def usp_SettleUsage(db: Database, Items: str) -> Result:
 # ---- in the background ----
 
 
-def usp_RecordLogs(db: Database, Entries: str, Attempts: str) -> None:
+def is_recorded(db: Database, entry: dict[str, Any]) -> bool:
+    return db.row("SELECT 1 FROM ApplicationLogs WHERE to_ms(Timestamp) = to_ms(?) AND Message = ? AND Module = ?"
+                  " AND LineNumber = ? AND RequestID IS ? AND Host = ?",
+                  *[entry[name] for name in ("timestamp", "message", "module", "line", "requestId", "host")]) is not None
+
+
+def is_attempted(db: Database, attempt: dict[str, Any]) -> bool:
+    return db.row("SELECT 1 FROM RetryAttempts WHERE to_ms(Timestamp) = to_ms(?) AND RequestID = ? AND Attempt = ?",
+                  *[attempt[name] for name in ("timestamp", "requestId", "attempt")]) is not None
+
+
+def usp_RecordLogs(db: Database, Entries: str, Attempts: str, Again: int | None) -> None:
     entries, attempts = parse(Entries, ENTRY, "@Entries"), parse(Attempts, ATTEMPT, "@Attempts")
     with db.transaction():
+        if Again:
+            entries = [e for e in entries if not is_recorded(db, e)]
+            attempts = [a for a in attempts if not is_attempted(db, a)]
         for e in entries:
             db.run("INSERT INTO ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName,"
                    " LineNumber, RequestID, Host) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *[e[name] for name in ENTRY])
@@ -580,12 +646,14 @@ def usp_RecordLogs(db: Database, Entries: str, Attempts: str) -> None:
 def usp_ExpireReservations(db: Database) -> Result:
     now = stamp(now_ms())
     with db.transaction():
-        rows = db.run("SELECT ReservationID, TokenID, EstimatedTokens FROM TokenReservations"
+        rows = db.run("SELECT ReservationID, TokenID, EstimatedTokens, RequestID FROM TokenReservations"
                       " WHERE State = 'open' AND ClosedAt IS NULL AND to_ms(ExpiresAt) < to_ms(?)", now).fetchall()
-        for reservation, token, tokens in rows:
+        for reservation, token, tokens, request in rows:
+            db.run("UPDATE IdempotencyKeys SET State = 'done' WHERE RequestID = ?", request)
             unreserve(db, token or 0, tokens)
             db.run("UPDATE TokenReservations SET State = 'unsettled', UnknownCalls = UnknownCalls + 1"
                    " WHERE ReservationID = ?", reservation)
+        db.run("DELETE FROM IdempotencyKeys WHERE to_ms(ExpiresAt) < to_ms(?)", now)
     return Result([("Expired", T_INT)], [[len(rows)]])
 
 
@@ -603,21 +671,53 @@ def describe(limit: int | None, threshold: float | None) -> str:
 
 
 def usp_AddToken(db: Database, Actor: str, CompanyID: str, ApiKey: str, CompanyName: str | None, Provider: str | None,
-                 TotalTokenLimit: int | None, Threshold: float | None) -> Result:
+                 TotalTokenLimit: int | None, Threshold: float | None, Pending: int | None) -> Result:
     now = stamp(now_ms())
     provider, threshold = Provider or "Gemini", Threshold or 0.8
+    key = "" if Pending and not ApiKey else None if Pending else usable_key(ApiKey)
     faults = [text_fault(text) for text in (Actor, CompanyID, CompanyName, provider)]
-    if any(faults) or not Actor or not CompanyID or not usable_key(ApiKey) or not 0 < threshold <= 1:
+    if any(faults) or not Actor or not CompanyID or key is None or not 0 < threshold <= 1:
         return Result([*OUTCOME, ("TokenID", T_BIGINT)], [["bad_value", "a value is missing or out of range", 0]])
     with db.transaction():
-        token = db.run("INSERT INTO TokenMaster (CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, CreatedAt,"
-                       " UpdatedAt) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6)",
-                       CompanyID, CompanyName, usable_key(ApiKey), provider, TotalTokenLimit, now).lastrowid
+        token = db.run("INSERT INTO TokenMaster (CompanyID, CompanyName, ApiKey, Provider, TotalTokenLimit, Status,"
+                       " CreatedAt, UpdatedAt) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7)", CompanyID, CompanyName, key,
+                       provider, TotalTokenLimit, "Disabled" if Pending else "Active", now).lastrowid
         assert token is not None
         db.run("INSERT INTO TokenUsageSummary (TokenID, TotalRemainingTokens, Threshold, LastUpdated)"
                " VALUES (?, ?, ?, ?)", token, TotalTokenLimit, threshold, now)
         audit(db, now, Actor, "token added", token, None, f"{describe(TotalTokenLimit, threshold)}, provider {provider}")
     return Result([*OUTCOME, ("TokenID", T_BIGINT)], [["ok", None, token]])
+
+
+def usp_ActivateToken(db: Database, TokenID: int, ApiKey: str) -> Result:
+    key = usable_key(ApiKey)
+    if key is None:
+        return outcome("bad_value", "an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII")
+    with db.transaction():
+        changed = db.run("UPDATE TokenMaster SET ApiKey = ?, Status = 'Active', UpdatedAt = ?"
+                         " WHERE TokenID = ? AND ApiKey = '' AND Status = 'Disabled'", key, stamp(now_ms()), TokenID)
+        if not changed.rowcount:
+            return outcome("no_such_row", f"there is no token {TokenID} that waits for its key")
+    return outcome()
+
+
+def usp_ListTokenKeys(db: Database, AfterID: int, Rows: int) -> Result:
+    with db.lock:
+        rows = db.run("SELECT TokenID, IFNULL(ApiKey, '') FROM TokenMaster"
+                      " WHERE TokenID > ? AND LENGTH(IFNULL(ApiKey, '')) <= 1024 ORDER BY TokenID LIMIT ?", AfterID, Rows)
+        return Result([("TokenID", T_BIGINT), ("ApiKey", t_nvarchar(1024))], [list(row) for row in rows])
+
+
+def usp_ResealToken(db: Database, Actor: str, TokenID: int, ApiKey: str, Expected: str | None) -> Result:
+    now, key = stamp(now_ms()), usable_key(ApiKey)
+    if key is None:
+        return outcome("bad_value", "an API key must have 1 to 1024 bytes, without spaces or characters beyond ASCII")
+    with db.transaction():
+        if not db.run("UPDATE TokenMaster SET ApiKey = ?, UpdatedAt = ? WHERE TokenID = ? AND ApiKey = ?",
+                      key, now, TokenID, Expected or "").rowcount:
+            return outcome("no_such_row", f"there is no token {TokenID}, or its key is another by now")
+        audit(db, now, Actor, "token key sealed", TokenID, None, None)
+    return outcome()
 
 
 def usp_SetTokenStatus(db: Database, Actor: str, TokenID: int, Status: str, Reason: str | None) -> Result:
@@ -676,6 +776,48 @@ def usp_SetTokenLimit(db: Database, Actor: str, TokenID: int, TotalTokenLimit: i
         after = db.one("SELECT Status FROM TokenMaster WHERE TokenID = ?", TokenID)
         audit(db, now, Actor, "token limit changed", TokenID, None,
               describe(TotalTokenLimit, Threshold) + (f", now {after}" if fold(after) != fold(before) else ""))
+    return outcome()
+
+
+# ---- client keys ----
+
+
+def usp_FindClientKey(db: Database, KeyHash: str) -> Result:
+    with db.lock:
+        rows = db.run("SELECT ClientKeyID, CompanyID, IsAdmin FROM ClientKeys WHERE KeyHash = ? AND RevokedAt IS NULL", KeyHash)
+        return Result([("ClientKeyID", t_nvarchar(64)), ("CompanyID", t_nvarchar(256)), ("IsAdmin", T_INT)],
+                      [list(row) for row in rows])
+
+
+def audit_client_key(db: Database, now: str, actor: str, action: str, key: str, detail: str | None) -> None:
+    db.run("INSERT INTO AuditLog (Timestamp, Actor, Action, ObjectType, ObjectID, CompanyID, Detail)"
+           " VALUES (?1, ?2, ?3, 'ClientKeys', ?4, (SELECT CompanyID FROM ClientKeys WHERE ClientKeyID = ?4), ?5)",
+           now, actor, action, key, detail)
+
+
+def usp_AddClientKey(db: Database, Actor: str, ClientKeyID: str, KeyHash: str, CompanyID: str | None,
+                     Label: str | None) -> Result:
+    now = stamp(now_ms())
+    if not Actor or CompanyID == "" or any(text_fault(text) for text in (Actor, CompanyID, Label)):
+        return outcome("bad_value", "a value is missing or out of range")
+    if not re.fullmatch("[0-9a-f]{1,32}", ClientKeyID or "") or not re.fullmatch("[0-9a-f]{64}", KeyHash or ""):
+        return outcome("bad_value", "an ID is 1 to 32 hexadecimal digits, a hash 64")
+    with db.transaction():
+        if db.row("SELECT 1 FROM ClientKeys WHERE ClientKeyID = ? OR KeyHash = ?", ClientKeyID, KeyHash):
+            return outcome("bad_value", "there is such a client key already")
+        db.run("INSERT INTO ClientKeys (ClientKeyID, KeyHash, CompanyID, IsAdmin, Label, CreatedAt)"
+               " VALUES (?, ?, ?, ?, ?, ?)", ClientKeyID, KeyHash, CompanyID, int(CompanyID is None), Label, now)
+        audit_client_key(db, now, Actor, "client key added", ClientKeyID, Label)
+    return outcome()
+
+
+def usp_RevokeClientKey(db: Database, Actor: str, ClientKeyID: str) -> Result:
+    now = stamp(now_ms())
+    with db.transaction():
+        if db.row("SELECT 1 FROM ClientKeys WHERE ClientKeyID = ?", ClientKeyID) is None:
+            return outcome("no_such_row", f"there is no client key {ClientKeyID}")
+        if db.run("UPDATE ClientKeys SET RevokedAt = ? WHERE ClientKeyID = ? AND RevokedAt IS NULL", now, ClientKeyID).rowcount:
+            audit_client_key(db, now, Actor, "client key revoked", ClientKeyID, None)
     return outcome()
 
 
@@ -773,6 +915,11 @@ def usp_ListAudit(db: Database, **f: Any) -> Result:
     return show(db, View("SELECT * FROM AuditLog", "AuditID DESC", "AuditID", "Timestamp"), f)
 
 
+def usp_ListClientKeys(db: Database, **f: Any) -> Result:
+    return show(db, View("SELECT ClientKeyID, CompanyID, IsAdmin, Label, CreatedAt, RevokedAt FROM ClientKeys",
+                         "CreatedAt DESC, ClientKeyID", None, "CreatedAt", request=None), f)
+
+
 def usp_SchemaVersion(db: Database) -> Result:
     with db.lock:
         row = db.row("SELECT Version, Major FROM SchemaVersion") if exists(db, "SchemaVersion") else None
@@ -803,10 +950,17 @@ PROCEDURES = {
     p.work.__name__.lower(): p for p in (
         Procedure(usp_SchemaVersion, {}), Procedure(usp_Ping, {}), Procedure(usp_ExpireReservations, {}),
         Procedure(usp_AcquireTokens, {"Items": TEXT}), Procedure(usp_SettleUsage, {"Items": TEXT}),
-        Procedure(usp_RecordLogs, {"Entries": TEXT, "Attempts": TEXT}),
+        Procedure(usp_RecordLogs, {"Entries": TEXT, "Attempts": TEXT, "Again": INTEGER}, frozenset({"Again"})),
         Procedure(usp_AddToken, {"Actor": TEXT, "CompanyID": TEXT, "CompanyName": TEXT, "Provider": TEXT,
-                                 "ApiKey": TEXT, "TotalTokenLimit": INTEGER, "Threshold": REAL},
-                  frozenset({"CompanyName", "Provider", "TotalTokenLimit", "Threshold"})),
+                                 "ApiKey": TEXT, "TotalTokenLimit": INTEGER, "Threshold": REAL, "Pending": INTEGER},
+                  frozenset({"CompanyName", "Provider", "TotalTokenLimit", "Threshold", "Pending"})),
+        Procedure(usp_ActivateToken, {"TokenID": INTEGER, "ApiKey": TEXT}),
+        Procedure(usp_ListTokenKeys, {"AfterID": INTEGER, "Rows": INTEGER}),
+        Procedure(usp_ResealToken, {"Actor": TEXT, "TokenID": INTEGER, "ApiKey": TEXT, "Expected": TEXT}),
+        Procedure(usp_FindClientKey, {"KeyHash": TEXT}),
+        Procedure(usp_AddClientKey, {"Actor": TEXT, "ClientKeyID": TEXT, "KeyHash": TEXT, "CompanyID": TEXT,
+                                     "Label": TEXT}, frozenset({"CompanyID", "Label"})),
+        Procedure(usp_RevokeClientKey, {"Actor": TEXT, "ClientKeyID": TEXT}),
         Procedure(usp_SetTokenStatus, {"Actor": TEXT, "TokenID": INTEGER, "Status": TEXT, "Reason": TEXT}),
         Procedure(usp_SetTokenKey, {"Actor": TEXT, "TokenID": INTEGER, "ApiKey": TEXT}),
         Procedure(usp_SetTokenLimit, {"Actor": TEXT, "TokenID": INTEGER, "TotalTokenLimit": INTEGER,
@@ -816,7 +970,7 @@ PROCEDURES = {
         Procedure(usp_ListLogs, FILTER | {"ErrorsOnly": INTEGER}, frozenset(FILTER) | {"ErrorsOnly"}),
         Procedure(usp_ListRetries, FILTER, frozenset(FILTER)),
         Procedure(usp_ListReservations, FILTER | {"UnsettledOnly": INTEGER}, frozenset(FILTER) | {"UnsettledOnly"}),
-        Procedure(usp_ListAudit, FILTER, frozenset(FILTER)),
+        Procedure(usp_ListAudit, FILTER, frozenset(FILTER)), Procedure(usp_ListClientKeys, FILTER, frozenset(FILTER)),
     )}
 KINDS: dict[str, tuple[type, ...]] = {TEXT: (str,), INTEGER: (int,), REAL: (int, float)}
 

@@ -247,6 +247,7 @@ SYSUTC = re.compile(r"DATEADD\(\s*(MILLI)?SECOND\s*,\s*(-?\d+)\s*,\s*SYSUTCDATET
 CHECK = re.compile(r"ALTER TABLE (\w+) (?:WITH \w+ )?ADD CONSTRAINT (\w+) CHECK \((.*)\);?\s*$", re.I | re.S)
 RENAME = re.compile(rf"EXEC(?:UTE)? (?:sys\.)?sp_rename {TEXT}, {TEXT}(?:, N'OBJECT')?;?\s*$", re.I)
 CALL = re.compile(rf"EXEC(?:UTE)?\s+((?:dbo\.)?usp_\w+)((?:[\s,]+@\w+\s*=\s*(?:{TEXT}|[\w.-]+))*)\s*;?", re.I)
+TRANSACTION = re.compile(r"(BEGIN|COMMIT|ROLLBACK) TRAN(?:SACTION)?;?$", re.I)
 GET_LOCK = re.compile(r"\bsp_getapplock\b", re.I)
 GIVE_LOCK = re.compile(r"\bsp_releaseapplock\b", re.I)
 
@@ -298,6 +299,9 @@ class Batch:
         if match := re.match(r"DROP DATABASE (?:IF EXISTS )?\[?(\w+)", self.bare, re.I):
             self._owners_only(3701, "Cannot drop the database.")
             self.session.settings.databases.drop(match[1])
+            return []
+        if match := TRANSACTION.match(self.bare):
+            self.session.transaction(match[1].upper())
             return []
         if match := CHECK.match(self.bare):
             return self._check(*match.groups())
@@ -407,6 +411,7 @@ class Session(socketserver.BaseRequestHandler):
     wire: Wire
     user = ""
     database_name = "master"
+    held: Database | None = None  # where this session has begun a transaction
 
     def handle(self) -> None:
         self.settings = self.server.settings  # type: ignore[attr-defined]
@@ -419,6 +424,7 @@ class Session(socketserver.BaseRequestHandler):
             if self._log_in():
                 while True:
                     self._serve(*self.wire.read_message())
+                    self._let_go()
         except (tds.Closed, ConnectionError, TimeoutError, ValueError) as error:
             if self.settings.verbose:
                 print(f"{self.client_address}: {error}", file=sys.stderr)
@@ -427,6 +433,7 @@ class Session(socketserver.BaseRequestHandler):
         finally:
             with faults.lock:
                 faults.sockets.discard(self.request)
+            self._roll_back()
             self.settings.locks.give_all(self)
 
     def database(self) -> Database:
@@ -435,6 +442,45 @@ class Session(socketserver.BaseRequestHandler):
     def use(self, name: str) -> None:
         self.settings.databases.get(name)
         self.database_name = name
+
+    # -- transactions --
+
+    def transaction(self, word: str) -> None:
+        """BEGIN, COMMIT or ROLLBACK. Whoever has begun one has the database for itself."""
+        if word == "BEGIN":
+            if self.held is not None:
+                raise ServerError(50905, "the stand-in knows no transaction inside another")
+            database = self.database()
+            if not database.lock.acquire(timeout=60):
+                raise ServerError(1222, "Lock request time out period exceeded.")
+            self.held = database
+            database.run("BEGIN IMMEDIATE")
+        elif self.held is None:
+            raise ServerError(3902 if word == "COMMIT" else 3903, f"The {word} TRANSACTION request has no corresponding BEGIN TRANSACTION.")
+        elif word == "COMMIT":
+            self._commit(self.held)
+        else:
+            self._roll_back()
+
+    def _commit(self, held: Database) -> None:
+        fault = self.settings.faults.next("COMMIT TRANSACTION")
+        kind = fault.kind if fault else ""
+        if kind != "drop_before":
+            held.run("COMMIT")
+        if kind in ("drop_before", "drop_after_commit"):
+            self.wire.close(reset=True)
+            raise tds.Closed("as ordered")
+
+    def _roll_back(self) -> None:
+        if self.held is not None and self.held.db.in_transaction:
+            self.held.run("ROLLBACK")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The database is for others again where the transaction is over, also by an error (SET XACT_ABORT ON)."""
+        if self.held is not None and not self.held.db.in_transaction:
+            held, self.held = self.held, None
+            held.lock.release()
 
     # -- PRELOGIN, TLS, LOGIN7 --
 
@@ -552,6 +598,7 @@ class Session(socketserver.BaseRequestHandler):
             else:
                 out.done()
         except ServerError as error:
+            self._roll_back()
             self._error(out, error)
             out.done(status=DONE_ERROR)
 
@@ -621,6 +668,7 @@ class Session(socketserver.BaseRequestHandler):
             out.return_status(0)
             out.done(DONEPROC)
         except ServerError as error:
+            self._roll_back()
             self._error(out, error, bare)
             out.done(DONEPROC, DONE_ERROR)
         if kind in ("drop_after_commit", "drop_mid_result"):

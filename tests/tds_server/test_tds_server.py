@@ -291,6 +291,34 @@ def test_application_lock(server: TdsServer, sa: Connection) -> None:
     assert sa.query(take(5000)) == [], "a session that ends lets go"
 
 
+def test_transactions(server: TdsServer, sa: Connection) -> None:
+    def add(connection: Connection, key: str) -> None:
+        call = f"EXEC dbo.usp_AddClientKey @Actor = N'anna', @ClientKeyID = N'{key}', @KeyHash = N'{key * 64}'"
+        assert connection.rows(call) == [{"Code": "ok", "Message": None}]
+
+    def count() -> Any:
+        return sa.rows("SELECT COUNT(*) AS n FROM ClientKeys")[0]["n"]
+
+    sa.query("DELETE FROM ClientKeys")
+    with closing(server.connect("store")) as other:
+        for word, there, number in (("ROLLBACK", 0, 3903), ("COMMIT", 1, 3902)):
+            other.query("BEGIN TRANSACTION")
+            add(other, "a")
+            other.query(f"{word} TRANSACTION")
+            assert count() == there
+            with pytest.raises(SqlError) as refused:
+                other.query(f"{word} TRANSACTION")
+            assert refused.value.number == number
+        other.query("BEGIN TRANSACTION")
+        add(other, "b")
+        with pytest.raises(SqlError):
+            other.query("EXEC dbo.usp_RevokeClientKey @Nobody = 1")
+        assert count() == 1, "an error ends it"
+        other.query("BEGIN TRANSACTION")
+        add(other, "c")
+    assert count() == 1, "and so does the end of the session"
+
+
 # ---- faults ----
 
 

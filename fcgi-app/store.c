@@ -322,8 +322,7 @@ static void acquire_in_store(struct store *store, struct store_acquire *acquire,
                                 "the store had no place before the deadline");
         in_time = batch_submit(store->acquires.batch, &item, 1, deadline_ms, NULL) == ERR_NONE &&
                   clock_monotonic_ms() < deadline_ms;
-        *maybe_reserved =
-            acquire->code != ERR_NONE && (*maybe_reserved || acquire->maybe_reserved);
+        *maybe_reserved = acquire->code != ERR_NONE && (*maybe_reserved || acquire->maybe_reserved);
         if (acquire->code != ERR_STORE_UNAVAILABLE)
             break;
     }

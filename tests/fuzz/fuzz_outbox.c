@@ -2,7 +2,6 @@
  * what kind of entry it is, when it was made and what the store answers; the payload follows. What the store
  * takes must have been fit for it, and an entry that is written again must be read as the same. */
 #include <json.h>
-#include <limits.h>
 #include <sqlite3.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,8 +9,10 @@
 #include <unistd.h>
 
 #include "clock.h"
+#include "log.h"
 #include "mssql_double.h"
 #include "outbox.h"
+#include "outbox_entry.h"
 #include "strict_json.h"
 #include "support.h"
 
@@ -53,28 +54,37 @@ static void execute(const char *sql)
     CHECK(sqlite3_exec(db, sql, NULL, NULL, NULL) == SQLITE_OK);
 }
 
-static void put_entry(const char *kind, const char *payload, size_t len, int64_t created_ms)
-{
-    static sqlite3_stmt *insert; /* as long as the process */
+enum kind { SETTLEMENT, RESERVATION, LOG, ATTEMPT, UNKNOWN, KIND_COUNT };
+static const char *const kinds[] = {"settlement", "reservation", "log", "attempt", "another"};
 
-    if (insert == NULL)
-        CHECK(sqlite3_prepare_v2(db,
-                                 "INSERT INTO Outbox (Kind, RequestID, Payload, CreatedAt) "
-                                 "VALUES (?1, 'r', ?2, ?3)",
-                                 -1, &insert, NULL) == SQLITE_OK);
-    sqlite3_bind_text(insert, 1, kind, -1, SQLITE_STATIC);
-    sqlite3_bind_text(insert, 2, payload, (int)len, SQLITE_STATIC);
-    sqlite3_bind_int64(insert, 3, created_ms);
-    CHECK(sqlite3_step(insert) == SQLITE_DONE && sqlite3_reset(insert) == SQLITE_OK);
+static bool is_record(enum kind kind)
+{
+    return kind == LOG || kind == ATTEMPT;
+}
+
+static void put_entry(enum kind kind, const char *payload, size_t len, int64_t created_ms)
+{
+    static sqlite3_stmt *inserts[2]; /* as long as the process */
+    static const char *const sql[] = {
+        "INSERT INTO Outbox (RequestID, Kind, Payload, CreatedAt) VALUES ('r', ?1, ?2, ?3)",
+        "INSERT INTO OutboxRecords (Bytes, Kind, Payload, CreatedAt) VALUES (1, ?1, ?2, ?3)"};
+    sqlite3_stmt **insert = &inserts[is_record(kind)];
+
+    if (*insert == NULL)
+        CHECK(sqlite3_prepare_v2(db, sql[is_record(kind)], -1, insert, NULL) == SQLITE_OK);
+    sqlite3_bind_text(*insert, 1, kinds[kind], -1, SQLITE_STATIC);
+    sqlite3_bind_text(*insert, 2, payload, (int)len, SQLITE_STATIC);
+    sqlite3_bind_int64(*insert, 3, created_ms);
+    CHECK(sqlite3_step(*insert) == SQLITE_DONE && sqlite3_reset(*insert) == SQLITE_OK);
 }
 
 /* ---- the store ---- */
 
 static struct {
     enum err_code verdict;
-    int settled, reserved; /* taken by the store */
-    int64_t said_ms;       /* what the entry says that is left */
-    char *last;            /* as the settlement was written again */
+    int taken;       /* by the store */
+    int64_t said_ms; /* what the entry says that is left */
+    struct buf last; /* what was taken, as it is written again */
 } store;
 
 /* A row for each item: ok. */
@@ -83,7 +93,7 @@ static void answer_ok(void *context, const struct mssql_call *call, struct json_
     static const char *const names[] = {"i", "Code", "Message", "Grant"};
 
     (void)context;
-    for (size_t i = 0; i < json_object_array_length(items); i++) {
+    for (size_t i = 0; items != NULL && i < json_object_array_length(items); i++) {
         const struct store_value row[] = {{.type = STORE_INTEGER, .integer = (int64_t)i},
                                           {.type = STORE_TEXT, .text = "ok"},
                                           {.type = STORE_NULL},
@@ -92,26 +102,31 @@ static void answer_ok(void *context, const struct mssql_call *call, struct json_
     }
 }
 
+static enum err_code refuse(struct err *err)
+{
+    return err_set(err, store.verdict, "the store says no");
+}
+
+static void take(void)
+{
+    store.taken++;
+    CHECK(buf_ok(&store.last));
+    json_object_put(fuzz_parse_own(buf_str(&store.last), store.last.len));
+}
+
 static enum err_code settle(void *context, struct store_settlement *s, struct err *err)
 {
-    struct buf again;
-
     (void)context;
     CHECK(s->fault.fault != STORE_FAULT_COOLDOWN ||
           (s->fault.cooldown_ms > 0 && s->fault.cooldown_ms <= store.said_ms));
     if (store.verdict != ERR_NONE)
-        return err_set(err, store.verdict, "the store says no");
-    enum err_code code = mssql_settle(NULL, &s, 1, err);
-    CHECK(code == ERR_NONE);
+        return refuse(err);
+    CHECK(mssql_settle(NULL, &s, 1, err) == ERR_NONE);
     if (s->code != ERR_NONE)
         return err_set(err, s->code, "%s", s->err.message);
-    store.settled++;
-    buf_init(&again, 1 << 20);
-    outbox_write_settlement(&again, s);
-    json_object_put(fuzz_parse_own(buf_str(&again), again.len));
-    free(store.last);
-    CHECK((store.last = strdup(buf_str(&again))) != NULL);
-    buf_reset(&again);
+    buf_clear(&store.last);
+    entry_write_settlement(&store.last, s);
+    take();
     return ERR_NONE;
 }
 
@@ -121,12 +136,34 @@ static enum err_code reserve(void *context, struct store_acquire *a, struct err 
     CHECK(a->fallback_only && a->expires_ms >= 60000);
     CHECK(a->expires_ms <= store.said_ms || a->expires_ms == 60000); /* time only passes */
     if (store.verdict != ERR_NONE)
-        return err_set(err, store.verdict, "the store says no");
-    enum err_code code = mssql_acquire(NULL, &a, 1, err);
-    CHECK(code == ERR_NONE);
+        return refuse(err);
+    CHECK(mssql_acquire(NULL, &a, 1, err) == ERR_NONE);
     if (a->code != ERR_NONE)
         return err_set(err, a->code, "%s", a->err.message);
-    store.reserved++;
+    buf_clear(&store.last);
+    entry_write_reservation(&store.last, a);
+    take();
+    return ERR_NONE;
+}
+
+static enum err_code record(void *context, struct log_entry *const *entries, size_t entry_count,
+                            const struct store_retry_attempt *const *attempts, size_t attempt_count,
+                            struct err *err)
+{
+    (void)context;
+    CHECK(entry_count + attempt_count <= 1);
+    if (store.verdict != ERR_NONE)
+        return refuse(err);
+    enum err_code code =
+        store_mssql.record(NULL, entries, entry_count, attempts, attempt_count, true, err);
+    if (code != ERR_NONE || entry_count + attempt_count == 0)
+        return code;
+    buf_clear(&store.last);
+    if (entry_count == 1)
+        entry_write_log(&store.last, entries[0]);
+    else
+        entry_write_attempt(&store.last, attempts[0]);
+    take();
     return ERR_NONE;
 }
 
@@ -160,19 +197,33 @@ static struct store_outbox_status status(void)
 
 static void drain(void)
 {
-    const struct outbox_replay replay = {.settle = settle, .reserve = reserve};
+    const struct outbox_replay replay = {.settle = settle, .reserve = reserve, .record = record};
     struct err err = {.message = ""};
     int64_t replayed = 0;
-    int before = store.settled + store.reserved;
+    int before = store.taken;
 
     enum err_code code = outbox_drain(outbox, &replay, &replayed, &err);
-    CHECK(replayed == store.settled + store.reserved - before);
+    CHECK(replayed == store.taken - before);
     CHECK(code == ERR_NONE || code == store.verdict);
+}
+
+/* Once more, as it was written. */
+static void replay_again(enum kind kind)
+{
+    char *first = strdup(buf_str(&store.last));
+
+    CHECK(first != NULL);
+    put_entry(kind, first, strlen(first), clock_wall_ms());
+    drain();
+    CHECK(store.taken == 2);
+    /* but a cooldown and a reservation have become shorter */
+    if (strstr(first, "\"fault\": 1,") == NULL && kind != RESERVATION)
+        CHECK(strcmp(first, buf_str(&store.last)) == 0);
+    free(first);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static const char *const kinds[] = {"settlement", "reservation", "settlement", "another"};
     static const enum err_code verdicts[] = {ERR_NONE, ERR_NONE, ERR_BAD_VALUE, ERR_INTERNAL,
                                              ERR_STORE_UNAVAILABLE};
     const int64_t now = clock_wall_ms();
@@ -184,10 +235,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         open_outbox();
     fuzz_check_log();
     mssql_double_use(&sql_server);
-    const char *kind = kinds[fuzz_byte(&input) % 4];
+    enum kind kind = fuzz_byte(&input) % KIND_COUNT;
     int64_t created_ms = times[fuzz_byte(&input) % 6];
     store.verdict = verdicts[fuzz_byte(&input) % 5];
-    store.settled = store.reserved = 0;
+    store.taken = 0;
+    buf_init(&store.last, 1 << 20);
     size = input.left;
     char *payload = fuzz_rest(&input);
 
@@ -195,19 +247,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     put_entry(kind, payload, size, created_ms);
     drain();
     struct store_outbox_status s = status();
-    CHECK(s.waiting + s.dead + store.settled + store.reserved == 1);
-    if (store.settled == 1) { /* once more, as it was written */
-        char *first = strdup(store.last);
-        CHECK(first != NULL);
-        put_entry(kind, first, strlen(first), now);
-        drain();
-        CHECK(store.settled == 2);
-        if (strstr(first, "\"fault\": 1,") == NULL) /* a cooldown has become shorter */
-            CHECK(strcmp(first, store.last) == 0);
-        free(first);
-    }
+    if (!is_record(kind))
+        CHECK(s.waiting + s.dead + store.taken == 1);
+    else if (store.verdict == ERR_NONE || store.verdict == ERR_BAD_VALUE)
+        CHECK(s.records == 0); /* what cannot be read, or is refused, is said and goes */
+    else
+        CHECK(s.records + store.taken <= 1);
+    if (store.taken == 1)
+        replay_again(kind);
     free(payload);
+    buf_reset(&store.last);
     execute("DELETE FROM Outbox");
     execute("DELETE FROM OutboxDead");
+    execute("DELETE FROM OutboxRecords");
     return 0;
 }

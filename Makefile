@@ -154,7 +154,8 @@ $(BUILD)/tests/fuzz/%: $(BUILD)/tests/fuzz/%.o $(FUZZ_SUPPORT) $(OBJECTS)
 
 # Functions that a target has of its own, in the place of the program's.
 $(BUILD)/tests/fuzz/fuzz_fastcgi: FUZZ_WRAP := gemini_call
-$(BUILD)/tests/fuzz/fuzz_mssql $(BUILD)/tests/fuzz/fuzz_outbox: FUZZ_WRAP := mssql_call
+$(BUILD)/tests/fuzz/fuzz_mssql: FUZZ_WRAP := mssql_call
+$(BUILD)/tests/fuzz/fuzz_outbox: FUZZ_WRAP := mssql_call log_to_stderr
 
 BANNED := sprintf|strcpy|strcat|strncpy|strtok|atoi|gets|alloca|system|vfork
 lint: ## Format, banned functions, clang-tidy

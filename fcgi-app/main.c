@@ -202,7 +202,7 @@ static enum err_code serve(const struct config *config, struct err *err)
                 RETRY_MIN_ATTEMPT_MS / 1000);
         code = server_run(&app, keeper.drain_fd, err);
         atomic_store(&keeper.ended, true);
-        pthread_kill(thread, SIGTERM);
+        pthread_kill(thread, SIGUSR1);
         pthread_join(thread, NULL);
         log_info(NULL, "stopped: pid=%ld", (long)getpid());
     }

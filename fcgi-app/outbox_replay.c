@@ -314,6 +314,8 @@ static enum err_code drain_records(struct drain *d, struct records *r, struct er
     size_t most = RECORDS_AT_ONCE;
     enum err_code code = ERR_NONE;
 
+    r->payload_count = 0;
+
     while (code == ERR_NONE && may_go_on(d)) {
         code = read_records(d->outbox, most, r, err);
         if (code != ERR_NONE || r->last_seq == 0)

@@ -219,13 +219,15 @@ static const struct candidate *decide(const struct candidates *found, struct sto
 static enum err_code find_first(struct sqlite_tx *tx, struct store_acquire *a, const char *company,
                                 struct err *err)
 {
-    static const char sql[] =
-        "SELECT RequestID, State = 'done' FROM IdempotencyKeys"
-        " WHERE CompanyID = ?1 AND IdempotencyKey = ?2 AND RequestID <> ?3 AND ExpiresAt > ?4";
+#define FIRST(company)                                                     \
+    "SELECT RequestID, State = 'done' FROM IdempotencyKeys WHERE " company \
+    " AND IdempotencyKey = ?2 AND RequestID <> ?3 AND ExpiresAt > ?4"
+    static const char ascii[] = FIRST("CompanyID = ?1");
+    static const char unicode[] = FIRST("extract_fold(CompanyID) = extract_fold(?1)");
     sqlite3_stmt *row = NULL;
     enum err_code code =
-        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(company), sql_text(a->idempotency_key),
-                         sql_text(a->request_id), sql_text(tx->now));
+        SQLITE_FIRST_ROW(tx->db, &row, err, choose_sql(company, ascii, unicode), sql_text(company),
+                         sql_text(a->idempotency_key), sql_text(a->request_id), sql_text(tx->now));
 
     if (row != NULL) {
         snprintf(a->first_request_id, sizeof a->first_request_id, "%s",

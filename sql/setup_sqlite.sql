@@ -232,6 +232,8 @@ CREATE TABLE IF NOT EXISTS IdempotencyKeys (
     PRIMARY KEY (CompanyID, IdempotencyKey)
 );
 CREATE INDEX IF NOT EXISTS IX_IdempotencyKeys_ExpiresAt ON IdempotencyKeys (ExpiresAt);
+-- For companies whose names go beyond ASCII: these are compared one by one.
+CREATE INDEX IF NOT EXISTS IX_IdempotencyKeys_IdempotencyKey ON IdempotencyKeys (IdempotencyKey);
 CREATE INDEX IF NOT EXISTS IX_IdempotencyKeys_RequestID ON IdempotencyKeys (RequestID);
 
 -- Who changed what, and when: administrators by extractctl, and the service itself

@@ -396,15 +396,12 @@ def test_stuck_acceptor(make_pool: Callable[..., Pool], full_pipe: FullPipe) -> 
     limits = resource.prlimit(instance.pid, resource.RLIMIT_NOFILE)
     full_pipe.fill()
     resource.prlimit(instance.pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{instance.pid}/fd")), limits[1]))
-    with closing(FastCgi(pool.socket)) as client:
+    with closing(FastCgi(pool.socket)):
         is_not_heard_of(pool, instance, "stuck: the acceptor should have been heard of")
-        resource.prlimit(instance.pid, resource.RLIMIT_NOFILE, limits)
-        full_pipe.read()
-        is_heard_of(pool, instance)
-        client.begin()
-        client.params({"REQUEST_METHOD": "GET", "DOCUMENT_URI": "/healthz"})
-        client.send(FastCgi.STDIN)
-        assert client.answer().status == 200
+    resource.prlimit(instance.pid, resource.RLIMIT_NOFILE, limits)
+    full_pipe.read()
+    is_heard_of(pool, instance)
+    assert pool.get("/healthz").status == 200
     assert pool.stop_pool() == 0
     assert "no connection can be accepted: Too many open files" in full_pipe.rest()
 

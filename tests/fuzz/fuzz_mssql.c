@@ -167,6 +167,33 @@ static void fuzz_record(struct fuzz_input *input)
     free(entry);
 }
 
+static void fuzz_client_key(struct fuzz_input *input)
+{
+    struct store_client_key key = {.id = "left over"};
+    struct err err = {.message = ""};
+
+    if (store_mssql.client_key_find(NULL, text(input), &key, &err) != ERR_NONE)
+        return;
+    CHECK(memchr(key.id, '\0', sizeof key.id) != NULL && key.id[0] != '\0');
+    CHECK(memchr(key.company_id, '\0', sizeof key.company_id) != NULL);
+    CHECK(key.is_admin || key.company_id[0] != '\0'); /* nobody's key is no administrator's */
+}
+
+#define KEYS 4
+
+static void fuzz_token_keys(struct fuzz_input *input)
+{
+    struct store_token_key keys[KEYS];
+    struct err err = {.message = ""};
+    size_t count = 99;
+
+    enum err_code code = store_mssql.token_keys(NULL, 0, keys, KEYS, &count, &err);
+    (void)input;
+    CHECK(code == ERR_NONE ? count <= KEYS : count == 0);
+    for (size_t i = 0; i < count; i++)
+        CHECK(memchr(keys[i].api_key, '\0', sizeof keys[i].api_key) != NULL);
+}
+
 /* What a view has goes to a terminal. */
 static void fuzz_query(struct fuzz_input *input)
 {
@@ -194,18 +221,18 @@ static void fuzz_query(struct fuzz_input *input)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static void (*const calls[])(struct fuzz_input *) = {fuzz_acquire, fuzz_settle, fuzz_record,
-                                                         fuzz_query};
+    static void (*const calls[])(struct fuzz_input *) = {
+        fuzz_acquire, fuzz_settle, fuzz_record, fuzz_query, fuzz_client_key, fuzz_token_keys};
     static const enum err_code codes[] = {ERR_NONE, ERR_STORE_UNAVAILABLE, ERR_BAD_VALUE};
     struct fuzz_input input = {data, size};
     uint8_t mode = fuzz_byte(&input);
     struct mssql_double sql_server = {
-        .answer = answer_rows, .context = &input, .code = codes[mode / 4 % 3]};
+        .answer = answer_rows, .context = &input, .code = codes[mode / 8 % 3]};
 
     fuzz_check_log();
     mssql_double_use(&sql_server);
-    calls[mode % 4](&input);
-    CHECK(sql_server.calls <= 1);
+    calls[mode % 8 % (sizeof calls / sizeof *calls)](&input);
+    CHECK(sql_server.calls <= 1 || mode % 8 == 5); /* keys come in pages */
     free_texts();
     return 0;
 }

@@ -3713,6 +3713,36 @@ static void the_procedures_check_what_comes_in(void **state)
     expect("limit 200, now Active", NEWEST_DETAIL);
 }
 
+/* The repeat of an acquire, with what has become of the token's key since. */
+static void a_repeat_without_a_key_is_refused(void **state)
+{
+    (void)state;
+    static const char again[] =
+        "EXEC dbo.usp_AcquireTokens @Items = '[{\"i\":0,\"requestId\":\"r\",\"sequence\":1,"
+        "\"companyId\":\"NT047\",\"branch\":null,\"requestedBy\":null,\"estimate\":5,"
+        "\"expiresMs\":60000,\"choice\":0,\"previousTokenId\":0,\"fault\":\"none\","
+        "\"cooldownMs\":0,\"reason\":null,\"previousSpent\":0,\"fallbackIfNone\":0,"
+        "\"fallbackOnly\":0,\"idempotencyKey\":null,\"host\":\"h\",\"processId\":1,"
+        "\"excluded\":[]}]'";
+    static const struct {
+        const char *key;
+        const char *expected; /* the beginning of the row */
+    } keys[] = {
+        {"key\r\n", "0|ok|NULL|token|1|key|NT047|0|0|0"},
+        {" another ", "0|ok|NULL|token|1|another|NT047|0|0|0"},
+        {"two words", "0|bad_value|token 1 has no usable CompanyID or ApiKey|no_token|0|NULL|"},
+    };
+    sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('NT047', '')");
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
+        char row[512];
+        sql("UPDATE TokenMaster SET ApiKey = '%s'", keys[i].key);
+        backend->row(again, row, sizeof row);
+        if (strncmp(keys[i].expected, row, strlen(keys[i].expected)) != 0)
+            fail_msg("'%s': %s", keys[i].key, row);
+    }
+    expect("1|5", "SELECT COUNT(*), SUM(EstimatedTokens) FROM TokenReservations");
+}
+
 /* ---- a live server only: the setup script itself ---- */
 
 /* The setup script with the first old replaced, run by a tool that goes on after an error. */
@@ -4367,6 +4397,7 @@ static const struct CMUnitTest server_side[] = {
     CLOSED(sets_up_a_database_only_where_allowed),
     CONTRACT(a_refused_row_fails_alone_in_the_end),
     CONTRACT(the_procedures_check_what_comes_in),
+    CONTRACT(a_repeat_without_a_key_is_refused),
 };
 
 static const struct CMUnitTest script[] = {

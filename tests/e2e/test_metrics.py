@@ -232,10 +232,11 @@ def test_depth_of_the_outbox(make_stack: Callable[..., Stack], tmp_path: Path, c
     assert depth() == [0, 0, 0]
     with stack.store_away():
         assert stack.post(pdf, company).status == 200
-        eventually(lambda: depth()[0] == 2 and depth()[1] > 0, "reservation and settlement wait, and log entries do")
+        # reservation and settlement; on SQL Server the release of an acquire too, whose answer nobody heard
+        eventually(lambda: depth()[0] in (2, 3) and depth()[1] > 0, "both wait, and log entries do")
         eventually(lambda: stack.metric("extract_outbox_oldest_seconds") >= 1, "they get older")
         shown = json.loads(stack.ctl("outbox", "status", "--json").stdout)[0]  # though the store is away
-        assert shown["Waiting"] == 2 and shown["Records"] > 0 and shown["Dead"] == 0 and shown["OldestSeconds"] >= 1
+        assert shown["Waiting"] in (2, 3) and shown["Records"] > 0 and shown["Dead"] == 0 and shown["OldestSeconds"] >= 1
     eventually(lambda: depth() == [0, 0, 0], "all has reached the store")
     assert stack.metric("extract_outbox_oldest_seconds") == 0
     [entry] = stack.rows("SELECT COUNT(*) AS n FROM ApplicationLogs WHERE Message LIKE 'extracted: company=' || ? || ' %'",

@@ -2,20 +2,24 @@
  * extraction, answer. Where the first byte is 1, as in each record of FastCGI, the input is what the socket
  * gives. Else it is lines NAME=value up to an empty one, then the body, and is made a stream of records
  * here: then the request must be what was sent. Below the request stand a store that always has a token and
- * a Gemini that always answers; what Gemini was asked must have been settled.
+ * a Gemini that always answers; what Gemini was asked must have been settled. Every other request must bring
+ * the one client key that there is.
  *
  * Two things that no web server sends are mended first, because libfcgi 2.4.2 itself does not stand them
  * (README.md): management records, and names or values whose lengths add up to 2^31. */
 #include <fcntl.h>
 #include <json.h>
 #include <signal.h>
+#include <sodium.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "auth.h"
 #include "connection.h"
 #include "log.h"
 #include "route.h"
@@ -36,9 +40,18 @@
 
 /* ---- a store, and a Gemini ---- */
 
+/* The only client key, and whose it is. */
+#define CLIENT_KEY "extract_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
+#define CLIENT_ID "0123456789abcdef"
+#define CLIENT_COMPANY "NT047"
+#define USED_KEY "click-1" /* an idempotency key that another request had */
+
 static struct {
     int acquired, called, settled;
-    bool is_from_file; /* the upload of this request */
+    bool is_from_file;        /* the upload of this request */
+    bool needs_key;           /* this request */
+    bool brings_key;          /* CLIENT_KEY is somewhere in what was sent */
+    bool has_idempotency_key; /* the one that the store was told of */
 } counts;
 
 static void *open_driver(const struct config *config, bool migrate, struct err *err)
@@ -85,6 +98,17 @@ static enum err_code acquire(void *self, struct store_acquire *const *items, siz
     CHECK(count == 1 && a->estimate_tokens >= 1000);
     check_names(a->company_id, a->branch, a->requested_by);
     CHECK(!counts.is_from_file || strcmp(a->requested_by, USER_INSIDE) == 0);
+    CHECK(!counts.needs_key ||
+          (counts.brings_key && strcasecmp(a->company_id, CLIENT_COMPANY) == 0));
+    CHECK(a->idempotency_key == NULL ||
+          (strlen(a->idempotency_key) <= 128 && fuzz_is_line(a->idempotency_key)));
+    counts.has_idempotency_key = a->idempotency_key != NULL;
+    if (counts.has_idempotency_key && strcmp(a->idempotency_key, USED_KEY) == 0) {
+        a->grant = GRANT_DUPLICATE;
+        snprintf(a->first_request_id, sizeof a->first_request_id,
+                 "01935a0e-0000-7000-8000-000000000001");
+        return a->code = ERR_NONE;
+    }
     a->grant = GRANT_TOKEN;
     a->token_id = 7;
     snprintf(a->api_key, sizeof a->api_key, "key");
@@ -98,10 +122,29 @@ static enum err_code settle(void *self, struct store_settlement *const *items, s
 {
     (void)self;
     (void)err;
-    CHECK(count == 1 && items[0]->request_count == 1 && items[0]->usage.total_tokens == 12);
-    check_names(items[0]->company_id, items[0]->branch, items[0]->requested_by);
+    const struct store_settlement *s = items[0];
+    CHECK(count == 1 && s->request_count == 1 && s->usage.total_tokens == 12);
+    CHECK(s->idempotency == (counts.has_idempotency_key ? STORE_KEY_DONE : STORE_KEY_NONE));
+    CHECK(counts.needs_key ? strcmp(s->client_key_id, CLIENT_ID) == 0 : s->client_key_id == NULL);
+    check_names(s->company_id, s->branch, s->requested_by);
     counts.settled++;
     return items[0]->code = ERR_NONE;
+}
+
+static enum err_code client_key_find(void *self, const char *hash, struct store_client_key *key,
+                                     struct err *err)
+{
+    unsigned char digest[crypto_hash_sha256_BYTES];
+    char known[STORE_HASH_SIZE];
+
+    (void)self;
+    crypto_hash_sha256(digest, (const unsigned char *)CLIENT_KEY, strlen(CLIENT_KEY));
+    sodium_bin2hex(known, sizeof known, digest, sizeof digest);
+    CHECK(strlen(hash) == STORE_HASH_SIZE - 1);
+    if (strcmp(hash, known) != 0)
+        return err_set(err, ERR_NO_SUCH_ROW, "no such client key");
+    *key = (struct store_client_key){.id = CLIENT_ID, .company_id = CLIENT_COMPANY};
+    return ERR_NONE;
 }
 
 static const struct store_driver driver = {.name = "double",
@@ -110,7 +153,8 @@ static const struct store_driver driver = {.name = "double",
                                            .leaders = leaders,
                                            .ping = ping,
                                            .acquire = acquire,
-                                           .settle = settle};
+                                           .settle = settle,
+                                           .client_key_find = client_key_find};
 
 /* In gemini_call's place (the linker's --wrap). */
 void __wrap_gemini_call(struct gemini_client *client, const struct gemini_call *call,
@@ -187,6 +231,8 @@ static void make_directory(void)
     snprintf(body_dir, sizeof body_dir, "%s/body", directory);
 }
 
+static struct auth *auth;
+
 static struct app *start(void)
 {
     static char none[] = "", model[] = "model";
@@ -196,10 +242,12 @@ static struct app *start(void)
                    .max_upload = UPLOAD_MAX,
                    .deadline_ms = 120000,
                    .state_dir = directory,
+                   .runtime_dir = directory,
                    .body_file_dir = body_dir},
         .gemini = {.model = model, .schema_file = none, .timeout_ms = 55000},
         .retry = {.max_retries = 3, .max_delay_ms = 30000, .backoff_multiplier = 2},
-        .store = {.query_timeout_ms = 5000}};
+        .store = {.query_timeout_ms = 5000},
+        .seal = {.key_file = none}};
     static struct app app = {.config = &config};
     struct err err = {.message = ""};
 
@@ -209,6 +257,7 @@ static struct app *start(void)
     CHECK((app.schema = invoice_schema_load(&config, &err)) != NULL);
     CHECK((app.store = store_open_with(&driver, &config, &err)) != NULL);
     CHECK((app.share = share_new(1)) != NULL);
+    CHECK((auth = auth_open(&config, app.store, &err)) != NULL);
     return &app;
 }
 
@@ -384,9 +433,9 @@ static void check_json(const char *type, const char *body, size_t len)
 
 static void check_answer(const struct buf *answer)
 {
-    static const char *const names[] = {
-        "Status",      "Content-Type", "Content-Length", "X-Request-ID",
-        "Retry-After", "Allow",        "Cache-Control",  NULL};
+    static const char *const names[] = {"Status",        "Content-Type",     "Content-Length",
+                                        "X-Request-ID",  "Retry-After",      "Allow",
+                                        "Cache-Control", "WWW-Authenticate", NULL};
     char *head = strdup(buf_str(answer)), *end = strstr(head, "\r\n\r\n"), *type = NULL, *next;
     long length = -1;
 
@@ -419,12 +468,16 @@ static void serve(struct app *app, struct connection *c)
     struct response response;
 
     counts.acquired = counts.called = counts.settled = 0;
+    counts.has_idempotency_key = false;
+    app->auth = counts.needs_key ? auth : NULL;
     counts.is_from_file = c->request.body_file[0] != '\0';
     response_init(&response);
-    if (route_lane(&c->request) == ROUTE_WORKER)
+    if (route_lane(&c->request) == ROUTE_WORKER) {
         route_work(&worker, &c->request, &response);
-    else
+        CHECK(c->request.authorization[0] == '\0'); /* wiped */
+    } else {
         route_at_once(app, &c->request, &response);
+    }
     CHECK(response.status >= 200 && response.status < 600);
     CHECK(counts.called == counts.settled && counts.called == counts.acquired);
     CHECK((response.status == 200) >= (counts.called == 1));
@@ -450,6 +503,7 @@ static void exchange(struct app *app, const char *data, size_t len, const struct
         read_all(pair[0], &received);
         read_records(&received, &answer);
         check_answer(&answer);
+        CHECK(memmem(answer.data, answer.len, CLIENT_KEY, strlen(CLIENT_KEY)) == NULL);
         buf_reset(&answer);
         buf_reset(&received);
     } else {
@@ -527,10 +581,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (size == 0 || data[0] == 1) {
         buf_append(&stream, data, size);
         mend((unsigned char *)stream.data, size);
+        counts.needs_key = size % 2 == 1;
+        counts.brings_key = true; /* perhaps: records can cut it anywhere */
         exchange(app, stream.data, size, NULL);
         buf_reset(&stream);
         return 0;
     }
+    counts.needs_key = data[0] % 2 == 1;
+    counts.brings_key = memmem(data, size, CLIENT_KEY, strlen(CLIENT_KEY)) != NULL;
     make_stream(&stream, &input, &sent);
     CHECK(buf_ok(&stream));
     if (stream.len <= SENT_MAX)

@@ -4,12 +4,12 @@
 #   SANITIZE=address,undefined     with sanitizers; SANITIZE=thread too
 #   CC=clang  WERROR=1             another compiler; warnings are errors, as in CI
 #   V=1                            shows the whole commands
-#   JOBS=0                         end-to-end tests one after the other, for a debugger
+#   PYTEST_JOBS=0                         end-to-end tests one after the other, for a debugger
 
 BUILD    ?= build
 SANITIZE ?=
 WERROR   ?=
-JOBS     ?= 3
+PYTEST_JOBS ?= 3
 Q        := $(if $(V),,@)
 VERSION  := 0.1.0
 
@@ -116,7 +116,7 @@ check-emulator: ## The tests of what stands in for others: Gemini (with Google's
 	tests/genai/run
 
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
-	BUILD=$(BUILD) $(PYTEST) -n $(JOBS) --dist loadscope tests/e2e $(T)
+	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
 
 # Each test makes a database of its own there and drops it; MSSQL_USER must be allowed to. With MSSQL_CA_FILE over
 # TLS (or as MSSQL_ENCRYPT says: require, request, off); MSSQL_RIGHTS=no where there is no ownership chaining.

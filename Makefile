@@ -4,7 +4,7 @@
 #   SANITIZE=address,undefined     with sanitizers; SANITIZE=thread too
 #   CC=clang  WERROR=1             another compiler; warnings are errors, as in CI
 #   V=1                            shows the whole commands
-#   PYTEST_JOBS=0                         end-to-end tests one after the other, for a debugger
+#   PYTEST_JOBS=0                  end-to-end tests one after the other, for a debugger
 
 BUILD    ?= build
 SANITIZE ?=

@@ -57,8 +57,9 @@ from tds import Closed  # noqa: E402
 from tds_client import Connection, SqlError  # noqa: E402
 from tds_process import TdsServer  # noqa: E402
 
-# Taken out: the programs refuse variables of theirs that they do not know.
-TEST_STORE = os.environ.pop("EXTRACT_TEST_STORE", "sqlite")
+# Taken out: the programs refuse variables of theirs that they do not know. The other name is for pytest's own processes.
+TEST_STORE = os.environ.pop("EXTRACT_TEST_STORE", os.environ.get("TEST_STORE", "sqlite"))
+os.environ["TEST_STORE"] = TEST_STORE
 IS_LIVE = bool(os.environ.get("MSSQL_SERVER"))
 PATIENCE = 120.0 if IS_LIVE else 30.0  # seconds: an upper bound for what must happen, never a delay
 

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import os
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -197,6 +198,11 @@ class Rig(Stack):
         new = self.start()
         self.settle_in()
         return new
+
+    def limit(self, which: int, value: int) -> None:
+        """Of each process: resource.RLIMIT_…"""
+        for pid in self.pids():
+            resource.prlimit(pid, which, (value, resource.prlimit(pid, which)[1]))
 
     def stop_pool(self, number: signal.Signals = signal.SIGTERM) -> int:
         for process in self.running.values():

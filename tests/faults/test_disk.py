@@ -47,15 +47,11 @@ class FileSizeLimit:
         self.state_dir = where / "state"
         self.state_dir.mkdir()
 
-    def limit(self, rig: Rig, size: int) -> None:
-        for pid in rig.pids():
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
     def fail(self, rig: Rig) -> None:
-        self.limit(rig, 4000)
+        rig.limit(resource.RLIMIT_FSIZE, 4000)
 
     def mend(self, rig: Rig) -> None:
-        self.limit(rig, resource.RLIM_INFINITY)
+        rig.limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
 
     def remove(self) -> None:
         pass
@@ -173,7 +169,7 @@ def test_between_reservation_and_settlement_of_the_fallback(make: MakeRig, disk:
 def test_while_the_store_is_there(make: MakeRig, disk: Any, emulator: Emulator) -> None:
     """Nothing but a large upload needs it: that is refused before anything is spent."""
     if isinstance(disk, FileSizeLimit):
-        disk.fail = lambda rig: disk.limit(rig, 1_000_000)  # type: ignore[method-assign]
+        disk.fail = lambda rig: rig.limit(resource.RLIMIT_FSIZE, 1_000_000)  # type: ignore[method-assign]
     rig = make()
     rig.token()
     disk.fail(rig)

@@ -10,6 +10,8 @@ import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 from door import Door
@@ -35,6 +37,16 @@ def serves(rig: Rig) -> None:
     rig.settle_in()
     rig.token("After", "key-of-the-one-after")
     assert rig.send("After").status == 200
+
+
+def is_written_to(database: Path) -> bool:
+    """Nobody is let in for longer than any transaction of the service takes."""
+    with closing(sqlite3.connect(database, timeout=1, isolation_level=None)) as db:
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            return False
+        except sqlite3.OperationalError:
+            return True
 
 
 @pytest.mark.parametrize("size", [0, 3_000_000])
@@ -65,6 +77,25 @@ def test_before_it_acquires(make_rig: MakeRig, emulator: Emulator, crowd: Thread
     serves(rig)
     assert [call["key"] for call in emulator.log()] == ["key-of-the-one-after"]
     rig.accounted()
+
+
+def test_while_it_waits_in_the_queue(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:
+    """Only what a worker had is reserved."""
+    rig = make_rig(env={"EXTRACT_SERVER_THREADS": "1"})
+    rig.token(key=KEY)
+    emulator.script(KEY, {"hold": True})
+    doomed = rig.upload()
+    answers = [crowd.submit(rig.send, sent=doomed)]
+    emulator.wait(held=1)
+    queued = [rig.upload() for _ in range(3)]
+    answers += [crowd.submit(rig.send, sent=request) for request in queued]
+    eventually(lambda: rig.metric("extract_requests_queued") == 3)
+    rig.kill()
+    for answer in answers:
+        broken_off(answer.result(PATIENCE))
+    assert [rig.reservations(sent) for sent, _ in queued] == [[]] * 3
+    serves(rig)
+    rig.accounted(unsettled=[doomed[0]])
 
 
 def test_between_acquire_and_call(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor, door: Door) -> None:
@@ -105,6 +136,40 @@ def test_during_the_call(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoo
     rig.accounted(unsettled=[doomed[0]])
 
 
+@pytest.mark.parametrize("step", [{"status": 503}, {"status": 429, "retry_delay": "30s"}, {"close": "after_read"}],
+                         ids=["unavailable", "hint", "broken"])
+def test_between_two_calls(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor, step: dict[str, Any]) -> None:
+    """It waits for the next attempt, with the reservation of the first."""
+    rig = make_rig(env={"EXTRACT_RETRY_INITIAL_DELAY": "60", "EXTRACT_RETRY_MAX_DELAY": "60"})
+    rig.token(key=KEY)
+    emulator.script(KEY, step)
+    request = rig.upload()
+    answer = crowd.submit(rig.send, sent=request)
+    emulator.wait(finished=1)
+    rig.rows("SELECT 1 AS x FROM RetryAttempts")
+    rig.kill()
+    broken_off(answer.result(PATIENCE))
+    serves(rig)
+    rig.accounted(unsettled=[request[0]])
+
+
+def test_between_two_tokens(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:
+    """Gemini has taken one away, and the store cannot be asked for another."""
+    rig = make_rig()
+    rig.token(key=KEY)
+    emulator.script(KEY, {"hold": True, "status": 403})
+    request = rig.upload()
+    answer = crowd.submit(rig.send, sent=request)
+    emulator.wait(held=1)
+    with rig.store_away():
+        emulator.release()
+        eventually(lambda: rig.metric('extract_attempts_total{class="key_doubtful"}') == 1)
+        rig.kill()
+        broken_off(answer.result(PATIENCE))
+    serves(rig)
+    rig.accounted(unsettled=[request[0]])
+
+
 def test_between_answer_and_settlement(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:
     """Gemini has answered, and the store cannot be written to."""
     rig = make_rig()
@@ -130,16 +195,7 @@ def test_while_it_settles(make_rig: MakeRig, crowd: ThreadPoolExecutor) -> None:
     request = rig.upload()
     answer = crowd.submit(rig.send, sent=request)
     eventually(lambda: rig.metric('extract_attempts_total{class="success"}') == 1)
-
-    def writes() -> bool:  # nobody else is let in for so long
-        with closing(sqlite3.connect(rig.dir / "store.db", timeout=1, isolation_level=None)) as db:
-            try:
-                db.execute("BEGIN IMMEDIATE")
-                return False
-            except sqlite3.OperationalError:
-                return True
-
-    eventually(writes, "it is in its transaction")
+    eventually(lambda: is_written_to(rig.dir / "store.db"), "it is in its transaction")
     rig.kill()
     broken_off(answer.result(PATIENCE))
     rig.sql("DROP TRIGGER Slow")
@@ -212,6 +268,26 @@ def test_with_settlements_in_the_outbox(make_rig: MakeRig, emulator: Emulator, c
         rig.kill()
     serves(rig)
     rig.accounted()
+
+
+def test_while_it_writes_to_the_outbox(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:
+    """In the middle of its transaction, which is undone."""
+    rig = make_rig(env={"EXTRACT_STORE_QUERY_TIMEOUT": "300ms"})
+    rig.token(key=KEY)
+    rig.in_outbox(f"CREATE TRIGGER Slow AFTER INSERT ON Outbox BEGIN {LONG_STATEMENT}; END")
+    emulator.script(KEY, {"hold": True})
+    request = rig.upload()
+    answer = crowd.submit(rig.send, sent=request)
+    emulator.wait(held=1)
+    with rig.store_away():
+        emulator.release()
+        eventually(lambda: is_written_to(rig.state_dir / "outbox.db"), "it is in its transaction")
+        rig.kill()
+        broken_off(answer.result(PATIENCE))
+    rig.in_outbox("DROP TRIGGER Slow")
+    assert rig.outbox_rows() == 0
+    serves(rig)
+    rig.accounted(unsettled=[request[0]])
 
 
 def test_while_it_replays_the_outbox(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:

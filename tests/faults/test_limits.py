@@ -1,4 +1,4 @@
-"""Limits: descriptors and memory used up; and a pool that is full, which says so at once."""
+"""Limits: descriptors used up; and a pool that is full, which says so at once. Memory: test_memory.py."""
 from __future__ import annotations
 
 import os
@@ -7,19 +7,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
-import pytest
 from e2e.conftest import PATIENCE, Emulator, eventually, refused
 from rig import Rig
 
 MakeRig = Callable[..., Rig]
 KEY = "key-of-the-company"
-
-
-def limit(rig: Rig, which: int, value: int) -> None:
-    for pid in rig.pids():
-        resource.prlimit(pid, which, (value, resource.prlimit(pid, which)[1]))
 
 
 def descriptors(pid: int) -> set[int]:
@@ -35,11 +28,11 @@ def test_descriptors_used_up(make_rig: MakeRig, emulator: Emulator, crowd: Threa
     assert rig.send().status == 200
     rig.is_quiet()
     for spare in range(6):  # accept, spool, call, outbox: each is the one that finds none
-        limit(rig, resource.RLIMIT_NOFILE, max(descriptors(pid)) + 1 + spare)
+        rig.limit(resource.RLIMIT_NOFILE, max(descriptors(pid)) + 1 + spare)
         emulator.script(KEY, {"close_connection": True}, repeat=True)  # no worker has one left from before
         answers = [crowd.submit(rig.send, size=(0, 1_500_000)[n % 2]) for n in range(8)]
         eventually(lambda: sum(answer.done() for answer in answers) >= (1 if spare > 3 else 0))
-        limit(rig, resource.RLIMIT_NOFILE, 1024)
+        rig.limit(resource.RLIMIT_NOFILE, 1024)
         for answer in answers:
             if answer.result(PATIENCE).status != 200:
                 refused(answer.result(), answer.result().code, spent=answer.result().json()["spent"])
@@ -54,39 +47,13 @@ def test_no_descriptor_to_accept_with(make_rig: MakeRig, crowd: ThreadPoolExecut
     rig = make_rig()
     rig.token()
     [pid] = rig.pids()
-    limit(rig, resource.RLIMIT_NOFILE, 3)
+    rig.limit(resource.RLIMIT_NOFILE, 3)
     answers = [crowd.submit(rig.send) for _ in range(5)]
     rig.rows("SELECT 1 AS x FROM ApplicationLogs WHERE Message LIKE '%no connection can be accepted%'")
     assert not any(answer.done() for answer in answers)
-    limit(rig, resource.RLIMIT_NOFILE, 1024)
+    rig.limit(resource.RLIMIT_NOFILE, 1024)
     assert {answer.result(PATIENCE).status for answer in answers} == {200}
     rig.accounted()
-
-
-if not Rig.is_sanitized():
-    def test_memory_limit(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:
-        """Large uploads and large answers find no room: each such request is refused by itself; small ones are served."""
-        rig = make_rig()
-        rig.token(key=KEY)
-        assert {answer.result().status for answer in [crowd.submit(rig.send) for _ in range(16)]} == {200}
-        [pid] = rig.pids()
-        size = next(int(line.split()[1]) << 10 for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-                    if line.startswith("VmSize"))
-        limit(rig, resource.RLIMIT_AS, size + (12 << 20))
-        for _ in range(3):
-            answers = [crowd.submit(rig.send, size=16_000_000) for _ in range(4)] + [crowd.submit(rig.send) for _ in range(6)]
-            for answer in answers[:4]:
-                refused(answer.result(PATIENCE), "storage_full")
-            assert {answer.result(PATIENCE).status for answer in answers[4:]} == {200}
-        emulator.script(KEY, {"size": 15_000_000}, repeat=True)
-        answers = [crowd.submit(rig.send) for _ in range(4)]
-        for answer in answers:
-            if answer.result(PATIENCE).status != 200:
-                refused(answer.result(), answer.result().code, spent=answer.result().json()["spent"])
-        emulator.script(KEY)
-        limit(rig, resource.RLIMIT_AS, resource.RLIM_INFINITY)
-        assert {answer.result().status for answer in [crowd.submit(rig.send, size=16_000_000) for _ in range(4)]} == {200}
-        rig.accounted()
 
 
 def test_full_pool_refuses_within_100_ms(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import FALLBACK_KEY
 from e2e.conftest import PATIENCE, Emulator, eventually, refused
-from rig import Rig, Sent
+from rig import TOLD, USAGE, Rig, Sent
 from tds_process import TdsServer
 
 MakeRig = Callable[..., Rig]
@@ -150,6 +150,70 @@ def test_away_until_the_processes_end(make_rig: MakeRig, emulator: Emulator, cro
         rig.stop_pool()
         assert rig.outbox_rows() == 4 + 2 * 4
     rig.start_pool(2)
+    assert rig.send().status == 200
+    rig.accounted()
+
+
+@pytest.mark.parametrize("procedure", ["usp_AcquireTokens", "usp_SettleUsage"])
+def test_away_during_a_call_to_it(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor, procedure: str) -> None:
+    """The server ends while it has the call in hand, and undoes it."""
+    rig = make_rig("mssql")
+    rig.token(key=KEY)
+    fault(rig, "slow", procedure, seconds=60, times=100)
+    answer = crowd.submit(rig.send)
+    eventually(lambda: server(rig).control(do="state")["calls"].get(procedure, 0) == 1)
+    with server_killed(rig):
+        if procedure == "usp_AcquireTokens":
+            refused(answer.result(PATIENCE), "store_unavailable")
+            assert emulator.log() == []
+        else:
+            assert answer.result(PATIENCE).status == 200
+            assert rig.outbox_rows() == 1
+    back(rig)
+    rig.accounted()
+
+
+@pytest.mark.parametrize("store, how", [("sqlite", "locked"), ("mssql", "killed")])
+def test_away_for_a_minute(make_rig: MakeRig, crowd: ThreadPoolExecutor, store: str, how: str) -> None:
+    """Under load. However seldom it is looked for by then: the first request that finds it again sends the outbox after."""
+    rig = make_rig(store, fallback=True, processes=2, env={**IMPATIENT, "EXTRACT_SERVER_THREADS": "4"})
+    rig.token(key=KEY)
+    served: list[int] = []
+
+    def client() -> None:
+        while (outbox := rig.outbox())["oldest_seconds"] < 60:
+            assert outbox["usable"] and rig.send().status == 200
+            served.append(outbox["waiting"])
+
+    with away(rig, how):
+        assert rig.send().status == 200
+        for one in [crowd.submit(client) for _ in range(4)]:
+            one.result(4 * PATIENCE)
+        assert rig.outbox_rows() == 2 * (len(served) + 1) and sorted(served)[-1] > 20
+    back(rig)
+    assert rig.send().status == 200
+    eventually(lambda: rig.outbox_rows() == 0, "it is replayed")
+    rig.accounted()
+
+
+@stores
+def test_away_for_good(make_rig: MakeRig, emulator: Emulator, store: str) -> None:
+    """Processes come and go, and never see it: they serve, and what was spent stands in the outbox, whole. (It comes back
+    in the end, for the account.)"""
+    rig = make_rig(store, fallback=True, processes=2, env=IMPATIENT)
+    rig.token(key=KEY)
+    with away(rig, "locked" if store == "sqlite" else "killed"):
+        for _ in range(3):
+            assert [rig.send().status for _ in range(2)] == [200] * 2
+            for pid in rig.pids():
+                rig.replace(pid)
+        rig.stop_pool()
+        assert rig.outbox_rows() == 2 * 6
+        spent = [json.loads(row["Payload"]) for row in rig.in_outbox("SELECT Payload FROM Outbox WHERE Kind = 'settlement'")]
+        for member, column in ((TOLD[name], USAGE[name]) for name in USAGE):
+            assert sum(one[member] for one in spent) == sum(call["usage"].get(column, 0) for call in emulator.log())
+    rig.start_pool(2)
+    back(rig)
     assert rig.send().status == 200
     rig.accounted()
 

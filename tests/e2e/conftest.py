@@ -22,7 +22,6 @@ import http.client
 import io
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -54,7 +53,7 @@ sys.path[:0] = [str(ROOT / "tests" / name) for name in ("emulator", "samples", "
 from relay import Relay  # noqa: E402
 from tds import Closed  # noqa: E402
 from tds_client import Connection, SqlError  # noqa: E402
-from tds_process import TdsServer  # noqa: E402
+from tds_process import TdsServer, free_port  # noqa: E402
 
 # Taken out: the programs refuse variables of theirs that they do not know.
 TEST_STORE = os.environ.pop("EXTRACT_TEST_STORE", "sqlite")
@@ -74,20 +73,6 @@ QUICK = {
     "EXTRACT_RETRY_INITIAL_DELAY": "0.02",
     "EXTRACT_RETRY_MAX_DELAY": "0.2",
 }
-
-
-given_ports: set[int] = set()
-
-
-def free_port() -> int:
-    """One that the kernel gives to no connection, either (32768 and up), nor this to a second caller."""
-    while True:
-        port = random.randrange(10000, 32768)
-        with closing(socket.socket()) as s, suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            if port not in given_ports:
-                given_ports.add(port)
-                return port
 
 
 def eventually(probe: Callable[[], Any], what: str = "") -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
+sys.path[:0] = [str(TESTS), str(TESTS / "faults"), str(TESTS / "tds_server")]
 sys.path.append(str(TESTS / "e2e"))
 pytest.register_assert_rewrite("e2e.conftest", "rig")
 

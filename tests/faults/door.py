@@ -6,6 +6,8 @@ import socket
 import struct
 import threading
 
+from tds_process import free_port
+
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of a socket whose close() sends a RST
 
 
@@ -26,8 +28,8 @@ class Door:
         self.sockets: set[socket.socket] = set()
         self.taken = 0  # connections since it was made
         self.way = "open"
-        self.listener = self._listen(("127.0.0.1", 0), 1024)
-        self.address: tuple[str, int] = self.listener.getsockname()
+        self.address = ("127.0.0.1", free_port())  # still its own when it has been shut for a while
+        self.listener = self._listen(self.address, 1024)
         self.url = "http://{}:{}".format(*self.address)
         self._serve()
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -268,14 +268,24 @@ def requests_of(rig: Rig, pid: int) -> int:
     return rig.sql("SELECT COUNT(*) AS n FROM TokenReservations WHERE ProcessID = ?", pid)[0]["n"]
 
 
-def test_soak(make_rig: Callable[..., Rig], door: Door, request: pytest.FixtureRequest) -> None:
-    say = lambda text: print(f"soak: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    say(f"{SECONDS:.0f} s, seed {SEED}")
-    rig = make_rig(fallback=True, processes=PROCESSES, base_url=door.url, env={
-        "EXTRACT_AUTH_MODE": "bearer", "EXTRACT_AUTH_KEY_RATE": "0", "EXTRACT_STORE_QUERY_TIMEOUT": "500ms",
-        "EXTRACT_GEMINI_TIMEOUT": "2s", "EXTRACT_GEMINI_CONNECT_TIMEOUT": "500ms", "EXTRACT_SERVER_DEADLINE": "20s",
-        # what is freed goes back: a leak is then all that grows
-        "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"})
+def say(text: str) -> None:
+    print(f"soak: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def what_to_do(rig: Rig, calls: Path) -> Iterator[None]:
+    """Where it fails: what was left stays, and is named."""
+    try:
+        yield
+    except BaseException:
+        rig.own_directory = False
+        say(f"FAILED. `make soak SECONDS={SECONDS:.0f} SEED={SEED}` plays the same faults again. Kept: {rig.dir} (store.db,"
+            f" outbox.db, pool.log, error.log), {calls} (what Gemini answered). What to look for: tests/README.md, Faults")
+        raise
+
+
+def companies(rig: Rig) -> tuple[dict[str, list[tuple[int, str]]], dict[str, str]]:
+    """Their tokens, with the API keys, and a client key for each."""
     tokens: dict[str, list[tuple[int, str]]] = {company: [] for company in COMPANIES}
     bearer = {}
     for company, count in COMPANIES.items():
@@ -285,6 +295,11 @@ def test_soak(make_rig: Callable[..., Rig], door: Door, request: pytest.FixtureR
             tokens[company].append((rig.token(company, key, *limit), key))
         bearer[company] = rig.ctl("client-key", "add", "--company", company).stdout.strip()
         rig.secrets.add(bearer[company])
+    return tokens, bearer
+
+
+def soak(rig: Rig, door: Door) -> None:
+    tokens, bearer = companies(rig)
     witness = rig.pids()[0]
     rig.answers_get_lost = True
     faults = Faults(rig, door, witness, tokens)
@@ -298,15 +313,17 @@ def test_soak(make_rig: Callable[..., Rig], door: Door, request: pytest.FixtureR
             if int(now) // 30 != int(time.monotonic() - begun) // 30:
                 say(f"{now:.0f} s: {sum(load.outcomes.values())} requests, {dict(faults.done)}")
 
-    until(WARM_UP)
-    load.pause()
-    warm, served = memory(witness), requests_of(rig, witness)
-    load.pause_between = 0.05
-    load.go.set()
-    until(SECONDS)
-    load.pause()
-    grown, served = memory(witness) - warm, requests_of(rig, witness) - served
-    load.end()
+    try:
+        until(WARM_UP)
+        load.pause()
+        warm, served = memory(witness), requests_of(rig, witness)
+        load.pause_between = 0.05
+        load.go.set()
+        until(SECONDS)
+        load.pause()
+        grown, served = memory(witness) - warm, requests_of(rig, witness) - served
+    finally:
+        load.end()
 
     say(f"{dict(load.outcomes)}")
     say(f"{dict(faults.done)}")
@@ -321,3 +338,14 @@ def test_soak(make_rig: Callable[..., Rig], door: Door, request: pytest.FixtureR
     rig.accounted(unsettled=lost)
     if not rig.is_sanitized():
         assert grown <= NOISE + A_REQUEST * served, f"memory grows: {grown} bytes in {served} requests"
+
+
+def test_soak(make_rig: Callable[..., Rig], door: Door, tmp_path: Path) -> None:
+    say(f"{SECONDS:.0f} s, seed {SEED}")
+    rig = make_rig(fallback=True, processes=PROCESSES, base_url=door.url, env={
+        "EXTRACT_AUTH_MODE": "bearer", "EXTRACT_AUTH_KEY_RATE": "0", "EXTRACT_STORE_QUERY_TIMEOUT": "500ms",
+        "EXTRACT_GEMINI_TIMEOUT": "2s", "EXTRACT_GEMINI_CONNECT_TIMEOUT": "500ms", "EXTRACT_SERVER_DEADLINE": "20s",
+        # what is freed goes back: a leak is then all that grows
+        "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"})
+    with what_to_do(rig, tmp_path / "calls.jsonl"):
+        soak(rig, door)

@@ -125,7 +125,12 @@ class Rig(Stack):
         self.was_accounted = False
         self.store_path: Path | None = None  # where it is not store.db in dir
         # memory that nobody has written to is never zero by accident
-        super().__init__(emulator, certificate, processes=processes, env={"MALLOC_PERTURB_": "85", **(env or {})}, **settings)
+        try:
+            super().__init__(emulator, certificate, processes=processes, env={"MALLOC_PERTURB_": "85", **(env or {})},
+                             **settings)
+        except BaseException:
+            self.kill_all()
+            raise
         self.state_dir = Path(self.env["EXTRACT_SERVER_STATE_DIR"])
         self.allowed_stderr = [LOG_LINE]
 
@@ -215,11 +220,14 @@ class Rig(Stack):
         try:
             super().close()
         finally:
-            for process in self.running.values():
-                process.kill()
-                process.wait()
-            if self.listener is not None:
-                self.listener.close()
+            self.kill_all()
+
+    def kill_all(self) -> None:
+        for process in self.running.values():
+            process.kill()
+            process.wait()
+        if self.listener is not None:
+            self.listener.close()
 
     # -- requests --
 

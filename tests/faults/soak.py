@@ -24,8 +24,8 @@ from typing import Any
 import pytest
 from conftest import FALLBACK_KEY
 from door import Door
-from e2e.conftest import PROBLEMS, ROOT, Emulator, SqlServer, eventually, form
-from rig import PDF, Rig, Sent
+from e2e.conftest import PROBLEMS, ROOT, Emulator, form
+from rig import PDF, Rig
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 SEED = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(10 ** 6))

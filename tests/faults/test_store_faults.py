@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import FALLBACK_KEY
 from e2e.conftest import PATIENCE, Emulator, eventually, refused, start_refused
-from rig import TOLD, USAGE, Rig, Sent
+from rig import TOLD, USAGE, Rig
 from tds_process import TdsServer
 
 MakeRig = Callable[..., Rig]

@@ -40,8 +40,8 @@ struct grace *grace_open(const char *state_dir, int64_t grace_ms, struct err *er
     pthread_mutex_init(&grace->lock, NULL);
     grace->grace_ms = grace_ms;
     grace->file.directory = -1;
-    if (grace_ms > 0 && state_db_open(&grace->file, state_dir, "clients.db", setup, BUSY_MS,
-                                      err) != ERR_NONE) {
+    if (grace_ms > 0 &&
+        state_db_open(&grace->file, state_dir, "clients.db", setup, BUSY_MS, err) != ERR_NONE) {
         grace_close(grace);
         return NULL;
     }

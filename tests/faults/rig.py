@@ -113,6 +113,7 @@ class Rig(Stack):
         self.workers = int((env or {}).get("EXTRACT_SERVER_THREADS", QUICK["EXTRACT_SERVER_THREADS"]))
         self.listener: socket.socket | None = None
         self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.starting: dict[int, socket.socket] = {}
         self.before: dict[int, collections.Counter[str]] = {}
         self.keys: dict[str, int | None] = {}  # API key: its TokenID
         self.secrets: set[str] = set()  # what must stand nowhere, besides those
@@ -155,28 +156,31 @@ class Rig(Stack):
     def start(self) -> int:
         """One process more."""
         assert self.listener is not None
+        said = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # what it says to its service manager
+        name = f"extract-rig-{uuid.uuid4().hex}"
+        said.bind(f"\0{name}")
+        said.setblocking(False)
         # SIGXFSZ stays ignored, as it is in Python: a file past its limit is then an error, as on a full disk.
         process = subprocess.Popen([str(BUILD / "extract-fcgi")], stdin=self.listener, stdout=subprocess.DEVNULL,
-                                   stderr=self.stderr, env=self.env, restore_signals=False, start_new_session=True)
-        self.running[process.pid] = process
+                                   stderr=self.stderr, env={**self.env, "NOTIFY_SOCKET": f"@{name}"}, restore_signals=False,
+                                   start_new_session=True)
+        self.running[process.pid], self.starting[process.pid] = process, said
         return process.pid
 
     def settle_in(self) -> None:
-        """Until the new ones have all their threads; what they hold then is what they may hold in the end."""
-        eventually(lambda: self.nobody_died() or self.ready() == self.workers * len(self.running), "all processes serve")
-        for pid in self.running.keys() - self.before.keys():
+        """Until the new ones serve, with all their threads; what they hold then is what they may hold in the end."""
+        for pid in list(self.starting):
+            with self.starting.pop(pid) as said:
+                eventually(lambda: self.nobody_died() or self.is_ready(said), "a process serves")
             first = held(pid)
             self.before[pid] = first & held(pid)  # what comes and goes does not count
             self.before[pid][str(self.socket)] = 1  # the listener
 
-    def ready(self) -> int:
-        """How many workers there are. Without nginx, which may not run yet."""
-        with contextlib.closing(FastCgi(self.socket)) as client:
-            client.begin()
-            client.params({"REQUEST_METHOD": "GET", "DOCUMENT_URI": "/metrics"})
-            client.send(FastCgi.STDIN)
-            [line] = re.findall(rb"^extract_workers (\d+)$", client.read(), re.M)
-            return int(line)
+    @staticmethod
+    def is_ready(said: socket.socket) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return b"READY=1" in said.recv(4096)
+        return False
 
     def pids(self) -> list[int]:
         return sorted(self.running)
@@ -226,8 +230,8 @@ class Rig(Stack):
         for process in self.running.values():
             process.kill()
             process.wait()
-        if self.listener is not None:
-            self.listener.close()
+        for one in [*self.starting.values(), *([self.listener] if self.listener is not None else [])]:
+            one.close()
 
     # -- requests --
 

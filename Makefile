@@ -4,10 +4,12 @@
 #   SANITIZE=address,undefined     with sanitizers; SANITIZE=thread too
 #   CC=clang  WERROR=1             another compiler; warnings are errors, as in CI
 #   V=1                            shows the whole commands
+#   PYTEST_JOBS=0                  end-to-end tests one after the other, for a debugger
 
 BUILD    ?= build
 SANITIZE ?=
 WERROR   ?=
+PYTEST_JOBS ?= 3
 Q        := $(if $(V),,@)
 VERSION  := 0.1.0
 
@@ -47,7 +49,7 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm freetds-bin systemd
+TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist procps sqlite3 nodejs npm freetds-bin systemd
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
 .DELETE_ON_ERROR:
@@ -114,7 +116,7 @@ check-emulator: ## The tests of what stands in for others: Gemini (with Google's
 	tests/genai/run
 
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
-	BUILD=$(BUILD) $(PYTEST) tests/e2e $(T)
+	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
 
 check-faults: all ## The fault matrix: kills, outages, full disks, broken networks (tests/README.md); T chooses
 	BUILD=$(BUILD) $(PYTEST) tests/faults $(T)

@@ -4,7 +4,7 @@ is checked to the last token.
 What accounted() proves, against the log of the emulator, which knows what was really answered:
 
   - each answer of Gemini's is in exactly one usage row, with its tokens, or its request has exactly one unsettled
-    reservation; nothing else has either
+    reservation with that token (each that it had, where its process died); nothing else has either
   - what clients were told (request_id, usage, spent) is what the rows say
   - the sums equal the rows (Stack.balanced), and nothing is reserved in the end
   - no process has ended but those that were told to, none holds more than before: descriptors, threads, spools

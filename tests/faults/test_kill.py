@@ -172,6 +172,26 @@ def test_between_two_tokens(make_rig: MakeRig, emulator: Emulator, crowd: Thread
     rig.accounted(unsettled=[request[0]])
 
 
+def test_back_at_its_first_token(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:
+    """It has two reservations of that one: what an earlier call may have spent, and the call under way."""
+    rig = make_rig()
+    for n in range(2):
+        rig.token(key=f"{KEY}-{n}")
+    emulator.script("*", {"close": "after_read"}, {"status": 429, "retry_delay": "0.3s"},
+                    {"status": 429, "retry_delay": "60s"}, {"hold": True})
+    request = rig.upload()
+    answer = crowd.submit(rig.send, sent=request)
+    emulator.wait(held=1)
+    assert rig.states(request[0]).count("open") == 2
+    rig.kill()
+    broken_off(answer.result(PATIENCE))
+    serves(rig)
+    rig.accounted(unsettled=[request[0]])
+    first, _, *rest = rig.reservations(request[0])
+    for row in (first, rest[-1]):
+        assert (row["TokenID"], row["State"], row["UnknownCalls"]) == (first["TokenID"], "unsettled", 1)
+
+
 def test_between_answer_and_settlement(make_rig: MakeRig, emulator: Emulator, crowd: ThreadPoolExecutor) -> None:
     """Gemini has answered, and the store cannot be written to."""
     rig = make_rig()

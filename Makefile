@@ -52,6 +52,7 @@ BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
 TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist procps sqlite3 nodejs npm freetds-bin systemd mandoc
+DEB_PACKAGES   := dpkg-dev binutils xz-utils
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
 .DELETE_ON_ERROR:
@@ -180,8 +181,8 @@ format: ## Apply the repository's format
 UNIT_FILES := extract-fcgi.socket extract-fcgi.service extract-fcgi@.service extract-fcgi.target
 INSTALLED   = $(DESTDIR)$(datadir)/extract-fcgi
 CONFIG_FILE = $(DESTDIR)$(sysconfdir)/extract-fcgi/extract-fcgi.conf
-# The units name the program and the guide where they are installed.
-PLACE       = sed -e 's|/usr/local/sbin|$(sbindir)|g' -e 's|/usr/local/share|$(datadir)|g'
+# The units and the guide name programs and files where they are installed.
+PLACE       = sed -e 's|/usr/local/sbin|$(sbindir)|g' -e 's|/usr/local/share|$(datadir)|g' -e 's|/usr/local/lib/tmpfiles.d|$(tmpfilesdir)|g'
 
 MANUALS := extractctl.1 extract-fcgi.conf.5 extract-fcgi.8
 manuals: $(MANUALS:%=$(BUILD)/man/%) ## The manual pages, into build/man; what they say of keys and commands comes from the programs
@@ -203,6 +204,7 @@ install: all manuals ## Install programs, units, guides, and a configuration whe
 	install -D -m 644 systemd/extractctl.completion.bash $(DESTDIR)$(completions)/extractctl
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
 	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
+	$(PLACE) systemd/README.md > $(INSTALLED)/systemd/README.md
 	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md
 	install -D -m 644 -t $(INSTALLED)/sql sql/*.sql sql/README.md
 	test -e $(CONFIG_FILE) || install -D -m 644 systemd/extract-fcgi.conf.example $(CONFIG_FILE)
@@ -214,6 +216,21 @@ uninstall: ## Remove what install has installed, but a configuration that was ed
 	! cmp -s $(INSTALLED)/extract-fcgi.conf.example $(CONFIG_FILE) || rm $(CONFIG_FILE)
 	rm -rf $(INSTALLED)
 
+# The same tree gives the same bytes, wherever it lies: the last commit's time, which the files of `make dist` have, too.
+SOURCE_DATE_EPOCH ?= $(shell { test -e .git && git log -1 --format=%ct || stat -c %Y Makefile; } 2>/dev/null)
+deb: ## Build build/extract-fcgi_VERSION_ARCHITECTURE.deb, for Debian 12 (systemd/README.md, "From the package")
+	@tests/install-packages $(BUILD_PACKAGES) $(DEB_PACKAGES)
+	@rm -rf $(BUILD)/deb/root
+	@$(MAKE) --no-print-directory -j2 BUILD=$(BUILD)/deb CFLAGS='-O2 -g -ffile-prefix-map=$(CURDIR)=.' all manuals
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/deb CFLAGS='-O2 -g -ffile-prefix-map=$(CURDIR)=.' \
+	    DESTDIR=$(BUILD)/deb/root prefix=/usr sysconfdir=/etc install >/dev/null
+	@SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) systemd/deb/build $(BUILD)/deb $(VERSION)
+
+dist: ## Build build/extract-fcgi-VERSION.tar.gz: the source of the last commit, which builds from itself
+	@mkdir -p $(BUILD)
+	git -c tar.umask=0022 archive --prefix=extract-fcgi-$(VERSION)/ -o $(BUILD)/extract-fcgi-$(VERSION).tar HEAD
+	gzip -9nf $(BUILD)/extract-fcgi-$(VERSION).tar
+
 clean: ## Remove build/
 	rm -rf build tests/genai/node_modules
 
@@ -221,5 +238,4 @@ help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 .PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-faults soak check-mssql fuzz fuzz-coverage \
-        fuzzers lint format manuals \
-        install uninstall clean help
+        fuzzers lint format manuals install uninstall deb dist clean help

@@ -53,6 +53,7 @@ BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
 TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist procps sqlite3 nodejs npm freetds-bin systemd mandoc
 DEB_PACKAGES   := dpkg-dev binutils xz-utils
+PACKAGE_PACKAGES := debootstrap systemd-container lintian git curl iproute2
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
 .DELETE_ON_ERROR:
@@ -123,6 +124,10 @@ check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses test
 
 check-faults: all ## The fault matrix: kills, outages, full disks, broken networks (tests/README.md); T chooses
 	BUILD=$(BUILD) $(PYTEST) tests/faults $(T)
+
+check-package: ## The package on fresh Debian 12 systems, with systemd and without (root; tests/README.md); T chooses
+	@tests/install-packages $(BUILD_PACKAGES) $(TEST_PACKAGES) $(DEB_PACKAGES) $(PACKAGE_PACKAGES)
+	$(PYTEST) tests/package $(T)
 
 soak: all ## Mixed load with random faults for SECONDS (60), then account and memory; SEED=n repeats one
 	BUILD=$(BUILD) SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(PYTEST) -s tests/faults/soak.py
@@ -237,5 +242,5 @@ clean: ## Remove build/
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-faults soak check-mssql fuzz fuzz-coverage \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-faults check-package soak check-mssql fuzz fuzz-coverage \
         fuzzers lint format manuals install uninstall deb dist clean help

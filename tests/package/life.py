@@ -1,0 +1,227 @@
+"""The life of the package on a fresh system: installed, set up as the guides say, used, upgraded, removed, purged.
+
+The steps are the same in each kind of machine; a kind says how its pool is started, restarted and ended. They come one after
+the other, each on what the one before has left. What is typed stands in the guides that the package brings, but for what
+nobody could know: that Gemini is the emulator here, and where a name is that no DNS has.
+"""
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import HIGHER, Packages
+from guide import Guide
+from machine import EMULATOR, ROOT, Machine, eventually
+
+SHARE = "/usr/share/extract-fcgi"
+CONFIG = "/etc/extract-fcgi/extract-fcgi.conf"
+SITE = "/etc/nginx/sites-available/extract-fcgi"
+NAME = "invoices.example.org"  # as in nginx/README.md
+CURL = f"--cacert /etc/ssl/extract-fcgi/cert.pem --resolve {NAME}:443:127.0.0.1"
+IN_FLIGHT = 4
+
+
+class Life:
+    KIND: type[Machine]
+    PACKAGES: list[str | Path] = ["nginx-light", "curl", "man-db"]
+    ALSO = ""  # on the line that installs
+
+    client_key = ""
+
+    # ---- what the kinds differ in
+
+    def start(self, machine: Machine, guide: Guide) -> None:
+        raise NotImplementedError
+
+    def is_restarting(self, machine: Machine, before: list[int]) -> bool:
+        """One of the processes has been asked to end, and has not yet."""
+        raise NotImplementedError
+
+    def restart(self, machine: Machine, guide: Guide) -> None:
+        """What is left to do after an upgrade."""
+
+    def stop(self, machine: Machine, guide: Guide) -> None:
+        """What is to be done before the removal."""
+
+    # ---- helpers
+
+    @staticmethod
+    def guides(machine: Machine) -> tuple[Guide, Guide]:
+        return Guide(machine.path(f"{SHARE}/systemd/README.md")), Guide(machine.path(f"{SHARE}/nginx/README.md"))
+
+    @staticmethod
+    def give(machine: Machine, package: Path) -> None:
+        shutil.copy(package, machine.path("/root"))
+
+    def curl(self, machine: Machine) -> str:
+        """As nginx/README.md says, "Calling it"."""
+        command = self.guides(machine)[1].commands("Calling it", "-F companyID")
+        assert command.startswith(f"curl https://{NAME}/extract ")
+        return f"KEY={type(self).client_key}\n{command.replace('curl ', f'curl -sS {CURL} ', 1)}"
+
+    @staticmethod
+    def state(machine: Machine) -> dict[str, tuple[int, int, int]]:
+        """Of what must not change: mode and owner of what there is."""
+        names = [CONFIG, "/etc/extract-fcgi/credentials", "/var/lib/extract-fcgi", "/run/extract-fcgi"]
+        found = {}
+        for line in machine.run(f"stat -c '%n %a %U %G' {' '.join(names)}").splitlines():
+            name, mode, user, group = line.split()
+            found[name] = (int(mode, 8), user, group)
+        return found  # type: ignore[return-value]
+
+    # ---- the steps
+
+    def test_install(self, machine: Machine, packages: Packages) -> None:
+        """The first commands come from the source's guide: the other is not there yet."""
+        self.give(machine, packages.first)
+        guide = Guide(ROOT / "systemd/README.md")
+        command = guide.commands("From the package", "nginx-light").replace("0.1.0", packages.version)
+        said = machine.run(f"{command.rstrip()} {self.ALSO} man-db")
+        assert f'Next: "Configure" in {SHARE}/systemd/README.md' in said
+        assert machine.processes("/usr/sbin/extract-fcgi") == []
+        assert not list(machine.path("/etc/nginx/sites-enabled").glob("extract*"))
+
+        assert self.state(machine) == {CONFIG: (0o640, "root", "extract-fcgi"),
+                                       "/etc/extract-fcgi/credentials": (0o750, "root", "extract-fcgi"),
+                                       "/var/lib/extract-fcgi": (0o700, "extract-fcgi", "extract-fcgi"),
+                                       "/run/extract-fcgi": (0o1775, "root", "extract-fcgi")}
+        assert machine.run("getent passwd extract-fcgi").rstrip().endswith(":/var/lib/extract-fcgi:/usr/sbin/nologin")
+        conffiles = machine.run("dpkg-query -W -f '${Conffiles}' extract-fcgi").split()
+        assert conffiles[::2] == [CONFIG, SITE]
+        assert machine.run("dpkg --verify extract-fcgi") == ""
+        assert machine.run("extract-fcgi --version").split()[-1] == packages.version
+        for name in (SITE, f"{SHARE}/nginx/extract-fcgi-http.conf"):
+            assert stat.S_IMODE(machine.path(name).stat().st_mode) == 0o644
+
+    def test_manuals(self, machine: Machine) -> None:
+        for section, page in (("8", "extract-fcgi"), ("1", "extractctl"), ("5", "extract-fcgi.conf")):
+            assert machine.run(f"man -w {section} {page}").strip() == f"/usr/share/man/man{section}/{page}.{section}.gz"
+            assert machine.run(f"man --warnings {section} {page} | head -c 20").strip()
+        assert machine.path(f"/usr/share/doc/extract-fcgi/guides").readlink() == Path("../../extract-fcgi")
+
+    def test_guide_names_what_is_there(self, machine: Machine) -> None:
+        """Its own copy of the guide: no path of an installation by make, and each of the package's own is there."""
+        text = self.guides(machine)[0].text
+        assert set(re.findall(r"/usr/local\S*", text)) <= {"/usr/local.", "/usr/local;", "/usr/local)"}, text
+        for name in re.findall(r"/usr/(?:share|lib|sbin|bin)/[\w./-]*extract[\w./-]*\w", text):
+            assert machine.succeeds(f"test -e {name}"), name
+
+    def test_configure(self, machine: Machine) -> None:
+        """The sealing key, and Gemini is another here."""
+        guide, _ = self.guides(machine)
+        machine.run(guide.commands("Secrets", "credentials.conf.example"))
+        machine.run(guide.commands("Secrets", "openssl rand"))
+        machine.run(f"sed -i 's|^#base_url = .*|base_url = http://{EMULATOR}|' {CONFIG}")
+        shown = machine.run(guide.commands("Configure", "--check-config"))
+        assert f"base_url = http://{EMULATOR}\n" in shown and "key_file = /etc/extract-fcgi/credentials/sealing-key\n" in shown
+
+    def test_start(self, machine: Machine) -> None:
+        self.start(machine, self.guides(machine)[0])
+        eventually(lambda: len(machine.processes("/usr/sbin/extract-fcgi")) == 2, "two processes run")
+        assert machine.run("stat -c '%a %U %G' /run/extract-fcgi/pool.sock") == "660 root www-data\n"
+
+    def test_site(self, machine: Machine) -> None:
+        """nginx -t before anything is enabled, too: the package breaks no nginx that is there."""
+        _, guide = self.guides(machine)
+        machine.run("nginx -t")
+        machine.run(guide.commands("Installing the site", "sites-enabled"))
+        machine.run(guide.commands("Installing the site", "openssl req"))
+        last = guide.commands("Installing the site", "nginx -t")
+        if not machine.succeeds("test -s /run/nginx.pid"):
+            assert "`nginx` in the place of `nginx -s reload`" in guide.text
+            last = last.replace("nginx -s reload", "nginx")
+        assert "ok" in machine.run(last)
+
+    def test_extraction(self, machine: Machine) -> None:
+        guide, _ = self.guides(machine)
+        token, client, check = guide.commands("Start", "token add").splitlines()
+        machine.run(token, input="the-api-key\n")
+        [key] = re.findall(r"[\w-]{40,}", machine.run(client))
+        type(self).client_key = key
+        shutil.copy(ROOT / "tests/samples/invoice-de.pdf", machine.path("/root/invoice.pdf"))
+        answer = json.loads(machine.run(self.curl(machine)))
+        assert (answer["status"], answer["data"]["document_type"], answer["attempts"]) == ("success", "invoice", 1)
+        machine.run(check)
+        assert "the-api-key" not in machine.path("/var/lib/extract-fcgi/store.db").read_bytes().decode("latin-1")
+        ready = guide.commands
+        del ready
+        assert json.loads(machine.run(f"curl -sS {CURL} https://{NAME}/readyz"))["status"] == "ok"
+
+    def test_upgrade(self, machine: Machine, packages: Packages) -> None:
+        """With requests in the hands of both processes; new ones meanwhile."""
+        guide, _ = self.guides(machine)
+        self.give(machine, packages.higher)
+        config, site = machine.path(CONFIG).read_text(), machine.path(SITE).read_text()
+        before = machine.processes("/usr/sbin/extract-fcgi")
+        machine.emulator("script", {"steps": [{"hold": True}] * IN_FLIGHT})
+        requests = [machine.background(self.curl(machine)) for _ in range(IN_FLIGHT)]
+        machine.emulator(f"wait?held={IN_FLIGHT}&timeout=120")
+
+        command = guide.commands("From the package", "force-confold").replace("0.2.0", HIGHER)
+        upgrade = machine.background(command)
+        restart = None
+        if type(self).restart is not Life.restart:
+            said, _ = upgrade.communicate()
+            restart = machine.background(self.restart_command(guide))
+        eventually(lambda: self.is_restarting(machine, before), "a process has been asked to end")
+        late = machine.background(self.curl(machine))
+        machine.emulator("release", {})
+        answers = [json.loads(request.communicate()[0]) for request in [*requests, late]]
+        assert [answer["status"] for answer in answers] == ["success"] * (IN_FLIGHT + 1)
+        if restart:
+            assert (restart.wait(), restart.communicate()[0]) == (0, "")
+        else:
+            said, _ = upgrade.communicate()
+        assert upgrade.returncode == 0, said
+
+        eventually(lambda: len(after := machine.processes("/usr/sbin/extract-fcgi")) == 2 and not set(after) & set(before),
+                   f"two other processes run: {said}")
+        assert machine.processes("/usr/sbin/extract-fcgi (deleted)") == []
+        assert machine.run("extract-fcgi --version").split()[-1] == HIGHER
+        assert (machine.path(CONFIG).read_text(), machine.path(SITE).read_text()) == (config, site)
+        for name in (CONFIG, SITE):
+            assert machine.path(f"{name}.dpkg-dist").read_text().endswith(f"# as of {HIGHER}\n")
+        assert self.state(machine)[CONFIG] == (0o640, "root", "extract-fcgi")
+        assert json.loads(machine.run(self.curl(machine)))["status"] == "success"
+        [usage] = json.loads(machine.run("extractctl usage --company NT047 --json"))
+        assert usage["Requests"] == IN_FLIGHT + 3
+        machine.run("extractctl check --after-install")
+
+    def restart_command(self, guide: Guide) -> str:
+        raise NotImplementedError
+
+    def test_removal(self, machine: Machine) -> None:
+        guide, _ = self.guides(machine)
+        self.stop(machine, guide)
+        kept = [CONFIG, SITE, "/etc/extract-fcgi/credentials/sealing-key", "/var/lib/extract-fcgi/store.db",
+                "/var/lib/extract-fcgi/outbox.db"]
+        before = {name: machine.path(name).read_bytes() for name in kept[:3]}
+        type(self).purge_command = guide.commands("From the package", "apt-get purge")
+        machine.run(guide.commands("From the package", "apt-get remove"))
+        assert machine.processes("/usr/sbin/extract-fcgi") == machine.processes("/usr/sbin/extract-fcgi (deleted)") == []
+        for name in ("/usr/sbin/extract-fcgi", "/usr/bin/extractctl", SHARE, "/run/extract-fcgi", "/usr/lib/sysusers.d/extract-fcgi.conf",
+                     "/etc/nginx/sites-enabled/extract-fcgi", "/etc/systemd/system/extract-fcgi.target.wants",
+                     "/etc/systemd/system/multi-user.target.wants/extract-fcgi.target"):
+            assert not machine.succeeds(f"test -e {name} -o -L {name}"), name
+        for name in kept:
+            assert machine.succeeds(f"test -s {name}"), name
+        assert {name: machine.path(name).read_bytes() for name in before} == before
+        machine.run("nginx -t")  # whatever else it serves, it goes on
+
+    purge_command = ""
+
+    def test_purge(self, machine: Machine) -> None:
+        said = machine.run(self.purge_command)
+        for name in ("/var/lib/extract-fcgi", "/etc/extract-fcgi/credentials", "/etc/systemd/system/extract-fcgi@.service.d"):
+            assert f"extract-fcgi: left: {name}\n" in said
+        for name in (CONFIG, SITE, "/etc/nginx/extract-fcgi"):
+            assert not machine.succeeds(f"test -e {name} -o -L {name}"), name
+        for name in ("/etc/extract-fcgi/credentials/sealing-key", "/var/lib/extract-fcgi/store.db",
+                     "/var/lib/extract-fcgi/outbox.db"):
+            assert machine.succeeds(f"test -s {name}"), name
+        assert machine.run("stat -c %U /var/lib/extract-fcgi/store.db") == "extract-fcgi\n"

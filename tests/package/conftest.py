@@ -16,7 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machine import ROOT, Booted, Chroot, Machine, download, fresh_tree, run, why_not
+
+pytest.register_assert_rewrite("guide", "life", "machine")
+
+from machine import ROOT, Booted, Chroot, Machine, download, fresh_tree, run, why_not  # noqa: E402
 
 EPOCH = 1_700_000_000  # of the copy's commit
 HIGHER = "9.0.0"

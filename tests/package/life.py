@@ -10,14 +10,14 @@ import json
 import re
 import shutil
 import stat
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from conftest import HIGHER, Packages
 from guide import Guide
 from machine import EMULATOR, ROOT, Machine, eventually
 
+PROGRAM = "extract-fcgi"
 SHARE = "/usr/share/extract-fcgi"
 CONFIG = "/etc/extract-fcgi/extract-fcgi.conf"
 SITE = "/etc/nginx/sites-available/extract-fcgi"
@@ -35,15 +35,18 @@ class Life:
 
     # ---- what the kinds differ in
 
+    SOCKET = "660 root www-data"
+
     def start(self, machine: Machine, guide: Guide) -> None:
         raise NotImplementedError
 
-    def is_restarting(self, machine: Machine, before: list[int]) -> bool:
-        """One of the processes has been asked to end, and has not yet."""
+    def upgrade(self, machine: Machine, guide: Guide, command: str) -> Callable[[], str]:
+        """Returns when processes have been asked to end, which they can't yet. What it returns waits for the end, and tells
+        what was said."""
         raise NotImplementedError
 
-    def restart(self, machine: Machine, guide: Guide) -> None:
-        """What is left to do after an upgrade."""
+    def does_not_suit(self, machine: Machine, said: str) -> None:
+        """What more there is to see after an upgrade that the configuration does not suit."""
 
     def stop(self, machine: Machine, guide: Guide) -> None:
         """What is to be done before the removal."""
@@ -65,14 +68,14 @@ class Life:
         return f"KEY={type(self).client_key}\n{command.replace('curl ', f'curl -sS {CURL} ', 1)}"
 
     @staticmethod
-    def state(machine: Machine) -> dict[str, tuple[int, int, int]]:
+    def state(machine: Machine) -> dict[str, tuple[int, str, str]]:
         """Of what must not change: mode and owner of what there is."""
         names = [CONFIG, "/etc/extract-fcgi/credentials", "/var/lib/extract-fcgi", "/run/extract-fcgi"]
         found = {}
         for line in machine.run(f"stat -c '%n %a %U %G' {' '.join(names)}").splitlines():
             name, mode, user, group = line.split()
             found[name] = (int(mode, 8), user, group)
-        return found  # type: ignore[return-value]
+        return found
 
     # ---- the steps
 
@@ -83,7 +86,7 @@ class Life:
         command = guide.commands("From the package", "nginx-light").replace("0.1.0", packages.version)
         said = machine.run(f"{command.rstrip()} {self.ALSO} man-db")
         assert f'Next: "Configure" in {SHARE}/systemd/README.md' in said
-        assert machine.processes("/usr/sbin/extract-fcgi") == []
+        assert machine.processes(PROGRAM) == []
         assert not list(machine.path("/etc/nginx/sites-enabled").glob("extract*"))
 
         assert self.state(machine) == {CONFIG: (0o640, "root", "extract-fcgi"),
@@ -102,7 +105,7 @@ class Life:
         for section, page in (("8", "extract-fcgi"), ("1", "extractctl"), ("5", "extract-fcgi.conf")):
             assert machine.run(f"man -w {section} {page}").strip() == f"/usr/share/man/man{section}/{page}.{section}.gz"
             assert machine.run(f"man --warnings {section} {page} | head -c 20").strip()
-        assert machine.path(f"/usr/share/doc/extract-fcgi/guides").readlink() == Path("../../extract-fcgi")
+        assert machine.path("/usr/share/doc/extract-fcgi/guides").readlink() == Path("../../extract-fcgi")
 
     def test_guide_names_what_is_there(self, machine: Machine) -> None:
         """Its own copy of the guide: no path of an installation by make, and each of the package's own is there."""
@@ -122,8 +125,8 @@ class Life:
 
     def test_start(self, machine: Machine) -> None:
         self.start(machine, self.guides(machine)[0])
-        eventually(lambda: len(machine.processes("/usr/sbin/extract-fcgi")) == 2, "two processes run")
-        assert machine.run("stat -c '%a %U %G' /run/extract-fcgi/pool.sock") == "660 root www-data\n"
+        eventually(lambda: len(machine.processes(PROGRAM)) == 2, "two processes run")
+        assert machine.run("stat -c '%a %U %G' /run/extract-fcgi/pool.sock") == f"{self.SOCKET}\n"
 
     def test_site(self, machine: Machine) -> None:
         """nginx -t before anything is enabled, too: the package breaks no nginx that is there."""
@@ -148,8 +151,6 @@ class Life:
         assert (answer["status"], answer["data"]["document_type"], answer["attempts"]) == ("success", "invoice", 1)
         machine.run(check)
         assert "the-api-key" not in machine.path("/var/lib/extract-fcgi/store.db").read_bytes().decode("latin-1")
-        ready = guide.commands
-        del ready
         assert json.loads(machine.run(f"curl -sS {CURL} https://{NAME}/readyz"))["status"] == "ok"
 
     def test_upgrade(self, machine: Machine, packages: Packages) -> None:
@@ -157,31 +158,22 @@ class Life:
         guide, _ = self.guides(machine)
         self.give(machine, packages.higher)
         config, site = machine.path(CONFIG).read_text(), machine.path(SITE).read_text()
-        before = machine.processes("/usr/sbin/extract-fcgi")
+        before, web = machine.processes(PROGRAM), machine.processes("nginx")
         machine.emulator("script", {"steps": [{"hold": True}] * IN_FLIGHT})
         requests = [machine.background(self.curl(machine)) for _ in range(IN_FLIGHT)]
         machine.emulator(f"wait?held={IN_FLIGHT}&timeout=120")
 
         command = guide.commands("From the package", "force-confold").replace("0.2.0", HIGHER)
-        upgrade = machine.background(command)
-        restart = None
-        if type(self).restart is not Life.restart:
-            said, _ = upgrade.communicate()
-            restart = machine.background(self.restart_command(guide))
-        eventually(lambda: self.is_restarting(machine, before), "a process has been asked to end")
-        late = machine.background(self.curl(machine))
+        end = self.upgrade(machine, guide, command)
+        requests.append(machine.background(self.curl(machine)))
         machine.emulator("release", {})
-        answers = [json.loads(request.communicate()[0]) for request in [*requests, late]]
+        answers = [json.loads(request.communicate()[0]) for request in requests]
         assert [answer["status"] for answer in answers] == ["success"] * (IN_FLIGHT + 1)
-        if restart:
-            assert (restart.wait(), restart.communicate()[0]) == (0, "")
-        else:
-            said, _ = upgrade.communicate()
-        assert upgrade.returncode == 0, said
+        said = end()
 
-        eventually(lambda: len(after := machine.processes("/usr/sbin/extract-fcgi")) == 2 and not set(after) & set(before),
+        eventually(lambda: len(after := machine.processes(PROGRAM)) == 2 and not set(after) & set(before),
                    f"two other processes run: {said}")
-        assert machine.processes("/usr/sbin/extract-fcgi (deleted)") == []
+        eventually(lambda: set(web) & set(machine.processes("nginx")) == {min(web)}, "nginx has other workers")
         assert machine.run("extract-fcgi --version").split()[-1] == HIGHER
         assert (machine.path(CONFIG).read_text(), machine.path(SITE).read_text()) == (config, site)
         for name in (CONFIG, SITE):
@@ -192,8 +184,16 @@ class Life:
         assert usage["Requests"] == IN_FLIGHT + 3
         machine.run("extractctl check --after-install")
 
-    def restart_command(self, guide: Guide) -> str:
-        raise NotImplementedError
+    def test_upgrade_that_does_not_suit(self, machine: Machine) -> None:
+        """The pool goes on as it is; what is installed is installed."""
+        before, config = machine.processes(PROGRAM), machine.path(CONFIG).read_text()
+        machine.path(CONFIG).write_text(f"{config}\nunknown_key = 1\n")
+        said = machine.run(f"apt-get install -y --reinstall ./extract-fcgi_{HIGHER}_*.deb")
+        machine.path(CONFIG).write_text(config)
+        assert machine.run("dpkg-query -W -f '${Status}' extract-fcgi") == "install ok installed"
+        assert machine.processes(PROGRAM) == before
+        assert json.loads(machine.run(self.curl(machine)))["status"] == "success"
+        self.does_not_suit(machine, said)
 
     def test_removal(self, machine: Machine) -> None:
         guide, _ = self.guides(machine)
@@ -201,9 +201,8 @@ class Life:
         kept = [CONFIG, SITE, "/etc/extract-fcgi/credentials/sealing-key", "/var/lib/extract-fcgi/store.db",
                 "/var/lib/extract-fcgi/outbox.db"]
         before = {name: machine.path(name).read_bytes() for name in kept[:3]}
-        type(self).purge_command = guide.commands("From the package", "apt-get purge")
         machine.run(guide.commands("From the package", "apt-get remove"))
-        assert machine.processes("/usr/sbin/extract-fcgi") == machine.processes("/usr/sbin/extract-fcgi (deleted)") == []
+        assert machine.processes(PROGRAM) == []
         for name in ("/usr/sbin/extract-fcgi", "/usr/bin/extractctl", SHARE, "/run/extract-fcgi", "/usr/lib/sysusers.d/extract-fcgi.conf",
                      "/etc/nginx/sites-enabled/extract-fcgi", "/etc/systemd/system/extract-fcgi.target.wants",
                      "/etc/systemd/system/multi-user.target.wants/extract-fcgi.target"):
@@ -213,10 +212,17 @@ class Life:
         assert {name: machine.path(name).read_bytes() for name in before} == before
         machine.run("nginx -t")  # whatever else it serves, it goes on
 
-    purge_command = ""
+    def test_installed_again(self, machine: Machine) -> None:
+        config = machine.path(CONFIG).read_text()
+        machine.run(f"apt-get install -y --no-install-recommends ./extract-fcgi_{HIGHER}_*.deb")
+        assert machine.path(CONFIG).read_text() == config
+        assert machine.processes(PROGRAM) == []
+        [usage] = json.loads(machine.run("extractctl usage --company NT047 --json"))
+        assert usage["Requests"] > IN_FLIGHT + 3
 
     def test_purge(self, machine: Machine) -> None:
-        said = machine.run(self.purge_command)
+        """At once, without a removal before."""
+        said = machine.run(self.guides(machine)[0].commands("From the package", "apt-get purge"))
         for name in ("/var/lib/extract-fcgi", "/etc/extract-fcgi/credentials", "/etc/systemd/system/extract-fcgi@.service.d"):
             assert f"extract-fcgi: left: {name}\n" in said
         for name in (CONFIG, SITE, "/etc/nginx/extract-fcgi"):

@@ -150,14 +150,10 @@ class Machine:
         """A file of the machine's, as it is called here."""
         return self.root / name.lstrip("/")
 
-    def processes(self, program: str) -> list[int]:
-        """Those of the machine's that run it, as they are called there; also when its file was replaced."""
-        found = []
-        for line in self.run("for p in /proc/[0-9]*; do echo ${p#/proc/} $(readlink $p/exe || true); done").splitlines():
-            number, _, rest = line.partition(" ")
-            if rest.split(" ")[0] == program:
-                found.append(int(number))
-        return sorted(found)
+    def processes(self, name: str) -> list[int]:
+        """Those of the machine's with this name, as they are called there."""
+        running = self.run("grep -H . /proc/[0-9]*/comm || true")
+        return sorted(map(int, re.findall(rf"(?m)^/proc/(\d+)/comm:{re.escape(name)}$", running)))
 
     # ---- Gemini's stand-in, on the machine's loopback
 
@@ -242,9 +238,10 @@ class Booted(Machine):
 
 
 def why_not(kind: type[Machine], directory: Path) -> str | None:
-    """Why there can be no such machine here; None: it was tried, and there can."""
+    """Why there can be no such machine here; None: it was tried, and there can. Not to get a tree is no reason."""
+    tree = fresh_tree(kind.INCLUDE)
     try:
-        kind(fresh_tree(kind.INCLUDE), directory).close()
+        kind(tree, directory).close()
     except (AssertionError, OSError, subprocess.SubprocessError) as error:
         return str(error).strip() or repr(error)
     return None

@@ -1,9 +1,12 @@
 """The package where systemd runs."""
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+
 from guide import Guide
-from life import Life
-from machine import Booted, Machine
+from life import HIGHER, PROGRAM, Life
+from machine import Booted, Machine, eventually
 
 
 class TestBooted(Life):
@@ -14,5 +17,30 @@ class TestBooted(Life):
         for unit in ("extract-fcgi.target", "extract-fcgi.socket", "extract-fcgi@1.service", "extract-fcgi@2.service"):
             assert f"● {unit} - " in said, said
 
-    def is_restarting(self, machine: Machine, before: list[int]) -> bool:
-        return not machine.succeeds("! systemctl show -P ActiveState 'extract-fcgi@*' | grep -q deactivating")
+    def upgrade(self, machine: Machine, guide: Guide, command: str) -> Callable[[], str]:
+        upgrading = machine.background(command)
+        eventually(lambda: machine.succeeds("systemctl show -P ActiveState 'extract-fcgi@*' | grep -q ^deactivating"),
+                   "a process has been asked to end")
+
+        def end() -> str:
+            said, _ = upgrading.communicate()
+            assert upgrading.returncode == 0, said
+            return str(said)
+
+        return end
+
+    def does_not_suit(self, machine: Machine, said: str) -> None:
+        """It says so; then a process that cannot start, for a reason that no --check-config by hand can see."""
+        assert "unknown_key" in said and "Mend the configuration, then: systemctl reload extract-fcgi" in said
+        before = machine.processes(PROGRAM)
+        drop_in = machine.path("/etc/systemd/system/extract-fcgi@1.service.d/test.conf")
+        drop_in.parent.mkdir()
+        drop_in.write_text("[Service]\nEnvironment=EXTRACT_SERVER_THREADS=none\n")
+        said = machine.run(f"apt-get install -y --reinstall ./extract-fcgi_{HIGHER}_*.deb")
+        assert "a process did not come back; the others go on as they are" in said
+        assert json.loads(machine.run(self.curl(machine)))["status"] == "success"
+        after = machine.processes(PROGRAM)
+        assert len(set(before) & set(after)) == 1
+        drop_in.unlink()
+        drop_in.parent.rmdir()
+        machine.run("systemctl daemon-reload && systemctl restart extract-fcgi@1")

@@ -1,10 +1,11 @@
 """The package where no systemd runs."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from guide import Guide
-from life import Life
+from life import PROGRAM, Life
 from machine import Chroot, Machine, eventually
 
 
@@ -13,20 +14,16 @@ class TestChroot(Life):
     ALSO = "systemd-standalone-sysusers systemd-standalone-tmpfiles spawn-fcgi multiwatch"
     PACKAGES: list[str | Path] = [*Life.PACKAGES, *ALSO.split()]
 
+    SOCKET = "660 extract-fcgi www-data"
+
     def start(self, machine: Machine, guide: Guide) -> None:
         assert f"`{self.ALSO}`" in guide.text
         machine.run(guide.commands("Without systemd", "spawn-fcgi -n"))
-        eventually(lambda: machine.succeeds("test -S /run/extract-fcgi/pool.sock"), "the socket is there")
 
-    def restart_command(self, guide: Guide) -> str:
-        return guide.commands("Without systemd", "pidof extract-fcgi")
-
-    def restart(self, machine: Machine, guide: Guide) -> None:
-        machine.run(self.restart_command(guide))
-
-    def is_restarting(self, machine: Machine, before: list[int]) -> bool:
-        return True
+    def upgrade(self, machine: Machine, guide: Guide, command: str) -> Callable[[], str]:
+        said = machine.run(command) + machine.run(guide.commands("Without systemd", "pidof extract-fcgi"))
+        return lambda: said
 
     def stop(self, machine: Machine, guide: Guide) -> None:
         machine.run(guide.commands("Without systemd", "pidof multiwatch"))
-        eventually(lambda: machine.processes("/usr/sbin/extract-fcgi") == [], "the pool has ended")
+        eventually(lambda: machine.processes(PROGRAM) == [], "the pool has ended")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from conftest import HIGHER, Packages
 from guide import Guide
-from machine import EMULATOR, ROOT, Machine, eventually
+from machine import EMULATOR, PATIENCE, ROOT, Machine, eventually
 
 PROGRAM = "extract-fcgi"
 SHARE = "/usr/share/extract-fcgi"
@@ -167,7 +167,7 @@ class Life:
         end = self.upgrade(machine, guide, command)
         requests.append(machine.background(self.curl(machine)))
         machine.emulator("release", {})
-        answers = [json.loads(request.communicate()[0]) for request in requests]
+        answers = [json.loads(request.communicate(timeout=PATIENCE)[0]) for request in requests]
         assert [answer["status"] for answer in answers] == ["success"] * (IN_FLIGHT + 1)
         said = end()
 

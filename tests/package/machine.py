@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "extract-fcgi"
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 PATIENCE = 300.0  # seconds: an upper bound for what must happen, never a delay
+LONG = 1800.0     # the same, for what compiles or downloads
 EMULATOR = "127.0.0.1:19090"
 
 
@@ -40,7 +41,7 @@ def eventually(probe: Callable[[], Any], what: str) -> Any:
 
 def run(*command: str | Path, check: bool = True, **arguments: Any) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          stdin=arguments.pop("stdin", None if "input" in arguments else subprocess.DEVNULL), **arguments)
+                          timeout=LONG, **{"stdin": subprocess.DEVNULL} | arguments if "input" not in arguments else arguments)
     assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}"
     return done
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from guide import Guide
 from life import HIGHER, PROGRAM, Life
-from machine import Booted, Machine, eventually
+from machine import PATIENCE, Booted, Machine, eventually
 
 
 class TestBooted(Life):
@@ -23,7 +23,7 @@ class TestBooted(Life):
                    "a process has been asked to end")
 
         def end() -> str:
-            said, _ = upgrading.communicate()
+            said, _ = upgrading.communicate(timeout=PATIENCE)
             assert upgrading.returncode == 0, said
             return str(said)
 

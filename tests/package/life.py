@@ -222,7 +222,8 @@ class Life:
 
     def test_purge(self, machine: Machine) -> None:
         """At once, without a removal before."""
-        said = machine.run(self.guides(machine)[0].commands("From the package", "apt-get purge"))
+        guide, _ = self.guides(machine)
+        said = machine.run(guide.commands("From the package", "apt-get purge"))
         for name in ("/var/lib/extract-fcgi", "/etc/extract-fcgi/credentials", "/etc/systemd/system/extract-fcgi@.service.d"):
             assert f"extract-fcgi: left: {name}\n" in said
         for name in (CONFIG, SITE, "/etc/nginx/extract-fcgi"):
@@ -231,3 +232,7 @@ class Life:
                      "/var/lib/extract-fcgi/outbox.db"):
             assert machine.succeeds(f"test -s {name}"), name
         assert machine.run("stat -c %U /var/lib/extract-fcgi/store.db") == "extract-fcgi\n"
+
+        machine.run(guide.commands("From the package", "rm -rf"))
+        for name in ("/var/lib/extract-fcgi", "/etc/extract-fcgi", "/etc/ssl/extract-fcgi"):
+            assert not machine.succeeds(f"test -e {name}"), name

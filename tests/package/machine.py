@@ -124,10 +124,11 @@ class Machine:
     def start(self) -> None:
         raise NotImplementedError
 
-    def spawn(self, *command: str | Path) -> subprocess.Popen[Any]:
+    def spawn(self, *command: str | Path, at_our_end: str = "KILL") -> subprocess.Popen[Any]:
+        """Gets the signal when the tests are killed, too."""
         with self.log.open("ab") as log:
-            self.children.append(subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=log,
-                                                  stderr=log))
+            self.children.append(subprocess.Popen(["setpriv", "--pdeathsig", at_our_end, *(str(word) for word in command)],
+                                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log))
         return self.children[-1]
 
     def command(self, script: str) -> list[str]:
@@ -218,7 +219,7 @@ class Booted(Machine):
     def start(self) -> None:
         self.nspawn = self.spawn("systemd-nspawn", "--boot", f"--directory={self.root}", f"--machine=extract-{uuid.uuid4().hex[:12]}",
                                  "--register=no", "--keep-unit", "--private-network", "--resolv-conf=off",
-                                 "--timezone=off", "--link-journal=no", "--console=pipe")
+                                 "--timezone=off", "--link-journal=no", "--console=pipe", "--quiet", at_our_end="TERM")
 
         def booted() -> bool:
             assert self.nspawn.poll() is None, self.log.read_text(errors="replace")

@@ -50,6 +50,7 @@ BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
 TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist procps sqlite3 nodejs npm freetds-bin systemd
+BROWSER_PACKAGES := chromium fonts-dejavu-core
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
 .DELETE_ON_ERROR:
@@ -117,6 +118,12 @@ check-emulator: ## The tests of what stands in for others: Gemini (with Google's
 
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
+
+# The fixtures are those of tests/e2e; node's own lines are the report.
+check-browser: all ## The page in Chromium; BROWSER_TESTS='pattern' chooses tests, SCREENSHOTS=dir keeps pictures
+	@tests/install-packages $(RUN_PACKAGES) $(TEST_PACKAGES) $(BROWSER_PACKAGES)
+	cd tests/browser && { [ -d node_modules/playwright-core ] || npm ci --loglevel=error --no-audit --no-fund; }
+	BUILD=$(BUILD) PYTHONPATH=tests/e2e $(PYTEST) -s tests/browser
 
 # Each test makes a database of its own there and drops it; MSSQL_USER must be allowed to. With MSSQL_CA_FILE over
 # TLS (or as MSSQL_ENCRYPT says: require, request, off); MSSQL_RIGHTS=no where there is no ownership chaining.
@@ -196,10 +203,10 @@ uninstall: ## Remove what install has installed, but a configuration that was ed
 	rm -rf $(INSTALLED)
 
 clean: ## Remove build/
-	rm -rf build tests/genai/node_modules
+	rm -rf build tests/genai/node_modules tests/browser/node_modules
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-mssql fuzz fuzz-coverage fuzzers lint format \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-browser check-mssql fuzz fuzz-coverage fuzzers lint format \
         install uninstall clean help

@@ -54,6 +54,7 @@ export async function eventually(probe, what) {
         const answer = await probe();
         if (answer) return answer;
         assert(Date.now() < end, `never came true: ${what ?? probe}`);
+        await new Promise((resolve) => { setTimeout(resolve, 20); });
     }
 }
 

@@ -41,11 +41,11 @@ export class EntryView {
         };
         this.#nodes = nodes;
         this.#buttons = {
-            show: button(texts.show, texts.showNamed(name), () => this.show(nodes.result.hidden),
+            show: button(texts.show, texts.named(texts.show, name), () => this.show(nodes.result.hidden),
                 {"aria-expanded": "false", "aria-controls": `${id}-result`}),
-            cancel: button(texts.cancel, texts.cancelNamed(name), () => actions.cancel(entry)),
-            retry: button(texts.again, texts.againNamed(name), () => this.#retry()),
-            remove: button(texts.remove, texts.removeNamed(name), () => actions.remove(entry), {class: "quiet"}),
+            cancel: button(texts.cancel, texts.named(texts.cancel, name), () => actions.cancel(entry)),
+            retry: button(texts.again, texts.named(texts.again, name), () => this.#retry()),
+            remove: button(texts.remove, texts.named(texts.remove, name), () => actions.remove(entry), {class: "quiet"}),
         };
         const {show, cancel, retry, remove} = this.#buttons;
         this.node = element("li", {class: "entry card"},
@@ -70,7 +70,7 @@ export class EntryView {
         const {name} = this.#entry.file;
         this.#nodes.result.hidden = !isShown;
         show.textContent = isShown ? texts.hide : texts.show;
-        show.setAttribute("aria-label", isShown ? texts.hideNamed(name) : texts.showNamed(name));
+        show.setAttribute("aria-label", texts.named(show.textContent, name));
         show.setAttribute("aria-expanded", String(isShown));
         if (isShown && !this.#preview) {
             this.#preview = preview(this.#entry.file);
@@ -95,7 +95,7 @@ export class EntryView {
         const {say} = this.#actions;
         const copy = (what) => () => navigator.clipboard.writeText(what(results))
             .then(() => say(texts.copied), () => say(texts.cannotCopy));
-        const tool = (words, onclick) => button(words, texts.exportNamed(words, file.name), onclick);
+        const tool = (words, onclick) => button(words, texts.named(words, file.name), onclick);
         return element("section", {class: "read", "aria-label": texts.result(file.name)},
             element("div", {class: "buttons tools"},
                 tool(texts.copyJson, copy(toJson)), tool(texts.copyCsv, copy(toCsv)),
@@ -143,7 +143,7 @@ export class EntryView {
         detail.hidden = detail.textContent === "";
         if (remedy?.action) {
             retry.textContent = texts[remedy.action];
-            retry.setAttribute("aria-label", texts[`${remedy.action}Named`](file.name));
+            retry.setAttribute("aria-label", texts.named(texts[remedy.action], file.name));
             if (left > 0) retry.setAttribute("aria-disabled", "true");
             else retry.removeAttribute("aria-disabled");
         }
@@ -161,7 +161,7 @@ export class EntryView {
         show.hidden = answer === null;
         cancel.hidden = !isUnderWay;
         cancel.textContent = state === "waiting" ? texts.stop : texts.cancel;
-        cancel.setAttribute("aria-label", state === "waiting" ? texts.stopNamed(file.name) : texts.cancelNamed(file.name));
+        cancel.setAttribute("aria-label", texts.named(cancel.textContent, file.name));
         retry.hidden = !(state === "failed" || state === "stopped") || !remedy?.action;
         remove.hidden = isUnderWay;
         if (answer === null) result.hidden = true;

@@ -165,7 +165,7 @@ export class Queue {
         entry.remedy = remedy(problem);
         const isAgain = entry.remedy.isAutomatic && entry.turn < RETRIES;
         const seconds = problem.retryAfter ?? (isAgain ? DELAYS[entry.turn] : 0);
-        entry.dueAt = Date.now() + seconds * 1000;
+        entry.dueAt = seconds > 0 ? Date.now() + seconds * 1000 : 0;
         if (isAgain) {
             entry.turn += 1;
             entry.timer = setTimeout(() => {
@@ -179,18 +179,18 @@ export class Queue {
         }
     }
 
-    /** Seconds that are shown go on while there are any. */
+    /** Seconds that are shown go on while there are any; the browser may be late (a tab in the background). */
     #tick() {
-        const counts = () => this.entries.filter((entry) =>
-            entry.state === "waiting" || entry.dueAt > 0 && entry.dueAt > Date.now() - 1500);
-        if (this.#clock || counts().length === 0) return;
+        const counting = () => this.entries.filter(({state, dueAt}) => state === "waiting" || dueAt > 0);
+        if (this.#clock || counting().length === 0) return;
         this.#clock = setInterval(() => {
-            const counting = counts();
-            for (const entry of counting) this.#onChange(entry, false);
-            if (counting.length === 0) {
-                clearInterval(this.#clock);
-                this.#clock = null;
+            for (const entry of counting()) {
+                if (this.secondsLeft(entry) === 0) entry.dueAt = 0;
+                this.#onChange(entry, false);
             }
+            if (counting().length > 0) return;
+            clearInterval(this.#clock);
+            this.#clock = null;
         }, 1000);
     }
 }

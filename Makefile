@@ -193,6 +193,7 @@ install: all ## Install programs, units, guides, and a configuration where there
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
 	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
 	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md
+	install -D -m 644 -t $(INSTALLED)/nginx/www/extract-fcgi nginx/www/extract-fcgi/*
 	install -D -m 644 -t $(INSTALLED)/sql sql/*.sql sql/README.md
 	test -e $(CONFIG_FILE) || install -D -m 644 systemd/extract-fcgi.conf.example $(CONFIG_FILE)
 

@@ -703,6 +703,7 @@ for (const look of LOOKS) {
             await isAccessible(page);
             await fits(page);
         };
+        assert.equal(await page.locator("#photograph").isVisible(), look.viewport.width < 500);
         await looksRight("empty");
         await start(page);
         await looksRight("mistakes");
@@ -730,7 +731,7 @@ for (const look of LOOKS) {
         await emulator.release();
         await until(page, "invoice.jpeg", "done");
         await looksRight("picture");
-    }, {look, hasTouch: look.viewport.width < 500}));
+    }, {look, isMobile: look.viewport.width < 500}));
 }
 
 test("a page that goes out nowhere", () => withPage(async (page, context) => {

@@ -82,10 +82,10 @@ export const LOOKS = [
  * The page of a stack, seen by test(page), then closed. Whatever the browser complains of fails the test: a policy that
  * was violated, a script's error, a message on the console (but that /extract answered an error: the page is to say so).
  */
-export async function withPage(test, {stack = "open", path: where = "/", look = LOOKS[0], storageState, hasTouch} = {}) {
+export async function withPage(test, {stack = "open", path: where = "/", look = LOOKS[0], isMobile} = {}) {
     const context = await browser.newContext({
         ignoreHTTPSErrors: true, acceptDownloads: true, viewport: look.viewport, colorScheme: look.colorScheme,
-        reducedMotion: "reduce", storageState, hasTouch, permissions: ["clipboard-read", "clipboard-write"],
+        reducedMotion: "reduce", isMobile, hasTouch: isMobile, permissions: ["clipboard-read", "clipboard-write"],
     });
     context.setDefaultTimeout(PATIENCE);
     const complaints = [];

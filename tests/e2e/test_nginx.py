@@ -537,9 +537,64 @@ def test_upload_that_nginx_cannot_keep(make_stack: Callable[..., Stack], tmp_pat
 
 
 @BOTH
-@pytest.mark.parametrize("path", ["/", "/nothing", "/extract/", "/.extract-fcgi/413", "/.extract-fcgi/", "/admin"])
+@pytest.mark.parametrize("path", ["/nothing", "/index.html", "/extract/", "/extract-fcgi", "/extract-fcgi/", "/extract-fcgi/x.js",
+                                  "/.extract-fcgi/413", "/.extract-fcgi/", "/admin"])
 def test_unknown_path(stack: Stack, path: str, http: int) -> None:
     is_own(curl(url(stack, path, http)), 404, "not_found", False, False)
+
+
+# ---- the page ----
+
+PAGE = ROOT / "nginx/www/extract-fcgi"
+TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+         ".svg": "image/svg+xml; charset=utf-8"}
+
+
+def is_of_the_page(reply: Reply, content_type: str) -> None:
+    """Has it what a file of the page should have? Its policy allows no inline script or style, and nothing from elsewhere."""
+    assert (reply.status, reply["Content-Type"]) == (200, content_type)
+    policy = dict(rule.strip().split(" ", 1) for rule in (reply["Content-Security-Policy"] or "").split(";"))
+    assert policy == {
+        "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self' blob:",
+        "frame-src": "blob:", "connect-src": "'self'", "base-uri": "'none'", "form-action": "'none'",
+        "frame-ancestors": "'none'", "require-trusted-types-for": "'script'", "trusted-types": "'none'"}
+    assert reply["Cache-Control"] == "no-cache" and reply["X-Content-Type-Options"] == "nosniff"
+    assert reply["Referrer-Policy"] == "no-referrer" and reply["Server"] == "nginx" and reply.cors() == {}
+
+
+@BOTH
+@pytest.mark.parametrize("path", ["/", *(f"/extract-fcgi/{file.name}" for file in sorted(PAGE.iterdir()) if file.is_file())])
+def test_page(front: Front, path: str, http: int) -> None:
+    """Served by nginx alone; asked for again, it is not sent again."""
+    before = len(front.stand_in.seen)
+    file = PAGE / (path.rpartition("/")[2] or "page.html")
+    reply = curl(url(front, path, http), "-H", f"Origin: {DENIED}")
+    is_of_the_page(reply, TYPES[file.suffix])
+    assert reply.body == file.read_bytes() and reply["X-Request-ID"] is None
+    again = curl(url(front, path, http), "-H", f"If-None-Match: {reply['ETag']}")
+    assert (again.status, again.body) == (304, b"")
+    assert curl(url(front, path, http), "-I").status == 200
+    is_own(curl(url(front, path, http), "-d", "x"), 405, "method_not_allowed", False, False)
+    assert len(front.stand_in.seen) == before
+
+
+def test_page_is_told_the_limit(stack: Stack) -> None:
+    """As a number, and in the words of the 413."""
+    reply = curl(url(stack, "/extract-fcgi/settings.json"))
+    is_of_the_page(reply, "application/json")
+    assert json.loads(reply.body) == {"upload_limit": LIMIT, "upload_limit_text": "50 MB (52428800 bytes)"}
+
+
+def test_page_loads_nothing_from_elsewhere() -> None:
+    """Nor does it hold inline scripts, styles or listeners, which its policy would refuse."""
+    for file in PAGE.iterdir():
+        text = file.read_text()
+        found = set(re.findall(r"https?://[^\s\"'<>)]+", text)) - {"http://www.w3.org/2000/svg"}
+        assert not found, (file.name, found)
+        if file.suffix == ".html":
+            assert not re.search(r"<style|\sstyle=|\son[a-z]+=|<script(?![^>]*\ssrc=)", text), file.name
+        if file.suffix == ".js":
+            assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), file.name
 
 
 # ---- slow clients ----
@@ -916,12 +971,14 @@ def balanced() -> Iterator[Site]:
         text = text.replace(end, location.replace("192.0.2.5", "127.0.0.7") + end).replace("192.0.2.0/24", "127.0.0.5")
         text, pages = re.subn(r"(Everything else\..*\n    location / \{\n)        return 404;",
                               r"\1        root /var/www/html;", text)
-        assert pages == 1
+        text, ours = re.subn(r"\n +root +/var/www/extract-fcgi;\n +include extract-fcgi/extract-fcgi-page\.conf;", "", text)
+        assert pages == ours == 1
         return text
 
     with tempfile.TemporaryDirectory(prefix="extract-site-") as name:
         site = Site(Path(name), edit)
         (site.dir / "var/www/html/page.css").write_text("body {}")
+        (site.dir / "var/www/html/index.html").write_text("<!doctype html>")
         yield site
         site.close()
 
@@ -1036,12 +1093,22 @@ def test_monitoring_host(balanced: Site) -> None:
     is_own(balanced.curl("/readyz", "--interface", "127.0.0.7"), 404, "not_found", False, False)
 
 
+def test_page_of_the_site(site: Site) -> None:
+    """It is where the README has it put."""
+    for path, name in (("/", "page.html"), ("/extract-fcgi/page.js", "page.js")):
+        page = site.curl(path)
+        is_of_the_page(page, TYPES[Path(name).suffix])
+        assert page.body == (PAGE / name).read_bytes() and page["Strict-Transport-Security"]
+
+
 def test_front_end(balanced: Site) -> None:
     """Its pages have no policy of ours, and caches may keep them; what is not there is answered as everywhere."""
-    page = balanced.curl("/page.css", "-H", f"Origin: {DENIED}")
-    assert (page.status, page.body) == (200, b"body {}")
-    assert page["Strict-Transport-Security"] and page["X-Content-Type-Options"] == "nosniff"
-    assert not {"content-security-policy", "cache-control", "x-request-id"} & page.headers.keys() and page.cors() == {}
+    for path, body in (("/page.css", b"body {}"), ("/", b"<!doctype html>")):
+        page = balanced.curl(path, "-H", f"Origin: {DENIED}")
+        assert (page.status, page.body) == (200, body)
+        assert page["Strict-Transport-Security"] and page["X-Content-Type-Options"] == "nosniff"
+        assert not {"content-security-policy", "cache-control", "x-request-id"} & page.headers.keys() and page.cors() == {}
+    is_own(balanced.curl("/extract-fcgi/page.js"), 404, "not_found", False, False)
     is_own(balanced.curl("/nothing.css"), 404, "not_found", False, False)
 
 

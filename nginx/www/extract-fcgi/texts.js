@@ -13,7 +13,7 @@ export const texts = {
     branch: "Branch",
     optional: "(optional)",
     key: "Client key",
-    keyOptional: "(if you were given one)",
+    keyOptional: "(if you have one)",
     remember: "On this device",
     rememberWho: "Remember company, name and branch",
     rememberKey: "Remember the client key, too",

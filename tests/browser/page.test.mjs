@@ -399,7 +399,7 @@ const problems = [
     {name: "upstream_unavailable", detail: FAILED, scenario: "overloaded", again: "Try again", retries: 30, spent: false},
     {name: "upstream_rejected", detail: FAILED, scenario: "model_not_found", advice: /not set up right/, again: "Try again", spent: false},
     {name: "invalid_answer", detail: FAILED, scenario: "bad_json", again: "Read it again, and pay again", spent: true},
-    {name: "upstream_rate_limited", again: "Try again", retries: 600, spent: false,
+    {name: "upstream_rate_limited", again: "Try again", wait: /^Possible again in 10 min\.$/,
         detail: "All AI tokens of your company are at their rate limit. Please try again later.",
         steps: [{status: 429, retry_delay: "600s"}]},
     {name: "deadline_exceeded", stack: "late", detail: "The request took longer than its deadline allows.", again: "Try again", retries: 1, spent: false},
@@ -411,7 +411,7 @@ const problems = [
 ];
 
 describe("what goes wrong is said to the letter, with its number and what to do", () => {
-    for (const {name, stack = "open", detail, make, scenario, steps, file, again, retries, spent = false, advice} of problems) {
+    for (const {name, stack = "open", detail, make, scenario, steps, file, again, retries, wait, spent = false, advice} of problems) {
         test(name, () => withPage(async (page) => {
             const {company, key} = make ? make() : newCompany(stack);
             if (scenario) await emulator.scenario(key, scenario);
@@ -434,6 +434,7 @@ describe("what goes wrong is said to the letter, with its number and what to do"
             assert.equal(await problem.locator(".problem-detail").innerText(), detail);
             const requestId = await problem.locator("code").innerText();
             assert.match(requestId, stack === "dead" ? /^[0-9a-f]{32}$/ : UUID);
+            if (wait) assert.match(await entry(page, base).locator(".detail").innerText(), wait);
             if (advice) assert.match(await problem.innerText(), advice);
             assert.match(await problem.innerText(), spent ? /Tokens were used up, or may have been\./ : /Nothing was used up\./);
             await problem.getByRole("button", {name: "Copy the request ID"}).click();

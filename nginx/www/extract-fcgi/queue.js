@@ -13,6 +13,7 @@ import {isReadable, send, uploadSize} from "./upload.js";
 const AT_ONCE = 2;
 const RETRIES = 3;
 const DELAYS = [1, 2, 4]; // seconds, where the service does not say
+const LONGEST = 60; // seconds that are waited without being told to
 
 const UNDER_WAY = new Set(["uploading", "waiting", "delayed"]);
 
@@ -163,8 +164,9 @@ export class Queue {
     #fail(entry, problem) {
         entry.problem = problem;
         entry.remedy = remedy(problem);
-        const isAgain = entry.remedy.isAutomatic && entry.turn < RETRIES;
-        const seconds = problem.retryAfter ?? (isAgain ? DELAYS[entry.turn] : 0);
+        const mayTry = entry.remedy.isAutomatic && entry.turn < RETRIES;
+        const seconds = problem.retryAfter ?? (mayTry ? DELAYS[entry.turn] : 0);
+        const isAgain = mayTry && seconds <= LONGEST;
         entry.dueAt = seconds > 0 ? Date.now() + seconds * 1000 : 0;
         if (isAgain) {
             entry.turn += 1;

@@ -80,7 +80,7 @@ export const texts = {
     requestId: "Request",
     copyRequestId: "Copy the request ID",
     againIn: (seconds, turn, turns) => `It will be sent again in ${seconds} s (${turn} of ${turns}). Nothing was used up.`,
-    waitFor: (seconds) => `Possible again in ${seconds} s.`,
+    waitFor: (seconds) => `Possible again in ${duration(seconds)}.`,
     again: "Try again",
     ask: "Ask again",
     anew: "Read it again, and pay again",
@@ -158,6 +158,10 @@ export const texts = {
         removed: (name) => `${name} removed.`,
     },
 };
+
+function duration(seconds) {
+    return seconds <= 120 ? `${seconds} s` : `${Math.ceil(seconds / 60)} min`;
+}
 
 const digits = new Intl.NumberFormat(language, {maximumFractionDigits: 1});
 

@@ -76,6 +76,17 @@ void sqlite_reader_give(struct sqlite_reader *reader)
     " FROM (SELECT u.*, IFNULL(u.CompanyID, t.CompanyID) AS Company FROM TokenUsageLogs u" \
     "       LEFT JOIN TokenMaster t ON t.TokenID = u.TokenID)"
 
+/* What remains, remains of a limit: without one there is none. OverThreshold counts also what is used
+ * up. Cooling: not to be used at this moment. */
+#define TOKEN_SUMS                                                                       \
+    "COUNT(*) AS Count, SUM(TotalTokenLimit IS NULL) AS Unlimited,"                      \
+    " SUM(TotalTokenLimit) AS TotalTokenLimit, SUM(TotalUsedTokens) AS TotalUsedTokens," \
+    " SUM(ReservedTokens) AS ReservedTokens,"                                            \
+    " SUM(TotalRemainingTokens) AS TotalRemainingTokens,"                                \
+    " SUM(IFNULL(TotalUsedTokens >= Threshold * TotalTokenLimit, 0)) AS OverThreshold,"  \
+    " SUM(IFNULL(CooldownUntil > strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), 0)) AS Cooling"  \
+    " FROM vw_TokenStatus"
+
 /* Which filters there are, store_check_filter knows. */
 struct view {
     const char *select;
@@ -100,6 +111,12 @@ static const struct view views[] = {
                            .time = "LoggedAt",
                            .group = "SUBSTR(LoggedAt, 1, 10)",
                            .order = "Day DESC"},
+    [VIEW_USAGE_BY_COMPANY] = {.select = "SELECT Company AS CompanyID, " USAGE_SUMS,
+                               .company = SAME_COMPANY("Company"),
+                               .request = "RequestID",
+                               .time = "LoggedAt",
+                               .group = "Company COLLATE NOCASE",
+                               .order = "TotalTokensUsed DESC, CompanyID"},
     [VIEW_USAGE_BY_BRANCH] = {.select = "SELECT Company AS CompanyID, Branch, " USAGE_SUMS,
                               .company = SAME_COMPANY("Company"),
                               .request = "RequestID",
@@ -154,7 +171,7 @@ static const struct view views[] = {
                         .time = "CreatedAt",
                         .id = "ReservationID",
                         .order = "ReservationID DESC"},
-    [VIEW_TOKENS_BY_STATUS] = {.select = "SELECT Status, COUNT(*) AS Count FROM TokenMaster",
+    [VIEW_TOKENS_BY_STATUS] = {.select = "SELECT Status, " TOKEN_SUMS,
                                .company = SAME_COMPANY("CompanyID"),
                                .group = "Status",
                                .order = "Status"},

@@ -637,7 +637,7 @@ static void test_mssql(void **state)
     (void)state;
 
     assert_int_equal(c->store.driver, DRIVER_MSSQL);
-    assert_false(c->store.as_admin);
+    assert_int_equal(c->store.login, LOGIN_SERVICE);
     config_free(c);
     c = load_good("[store]\ndriver = mssql\nconnection_file = /etc/passwd\n");
     config_free(c);

@@ -111,6 +111,7 @@ int ctl_usage(struct ctl *ctl)
         struct table_layout layout;
     } by[] = {
         {"day", VIEW_USAGE_BY_DAY, {.columns = "Day" SUMS}},
+        {"company", VIEW_USAGE_BY_COMPANY, {.columns = "CompanyID" SUMS}},
         {"branch", VIEW_USAGE_BY_BRANCH, {.columns = "CompanyID Branch" SUMS}},
         {"user", VIEW_USAGE_BY_USER, {.columns = "CompanyID RequestedBy" SUMS}},
         {"token", VIEW_USAGE_BY_TOKEN, {.columns = "CompanyID TokenID TokenSource" SUMS}},
@@ -120,7 +121,7 @@ int ctl_usage(struct ctl *ctl)
     for (size_t i = 0; i < sizeof by / sizeof by[0]; i++)
         if (strcmp(name, by[i].name) == 0)
             return ctl_show_view(ctl, by[i].view, &by[i].layout);
-    return ctl_usage_error(ctl, "--by must be day, branch, user or token");
+    return ctl_usage_error(ctl, "--by must be day, company, branch, user or token");
 }
 
 int ctl_logs(struct ctl *ctl)

@@ -332,14 +332,16 @@ def test_outbox(make_stack: MakeStack, tmp_path: Path, pdf: bytes) -> None:
     with stack.store_away():
         done = stack.post(pdf, "NT047", user="anna", branch="West").json()
         rows = admin.rows("outbox", company="nt047", request_id=done["request_id"])
-        assert [(r["State"], r["Kind"], r["CompanyID"], r["Branch"], r["RequestedBy"], r["TokenID"]) for r in rows] == [
-            ("waiting", "settlement", "NT047", "West", "anna", None), ("waiting", "reservation", "NT047", "West", "anna", None)]
-        assert rows[0]["TotalTokensUsed"] == done["usage"]["total_tokens"]
+        # Over a network nobody knows whether the store has reserved: then a settlement of nothing releases it.
+        assert {(r["State"], r["Kind"], r["CompanyID"], r["Branch"], r["RequestedBy"], r["TokenID"]) for r in rows} == {
+            ("waiting", kind, "NT047", "West", "anna", None) for kind in ("settlement", "reservation")}
+        assert [r["TotalTokensUsed"] for r in rows if r["Kind"] == "settlement" and r["TotalTokensUsed"]] == [
+            done["usage"]["total_tokens"]]
         assert rows[0]["CreatedAt"] > ago(minutes=5)
         assert admin.rows("outbox", until="1d") == admin.rows("outbox", company="other") == []
         [waiting, _, _] = admin.rows("outbox", by="state")
-        assert waiting["Count"] == 2 and waiting["OldestSeconds"] >= 0 and waiting["Host"]
-        assert [len(page) for page in admin.pages("outbox", limit=1)] == [1, 1]
+        assert waiting["Count"] == len(rows) >= 2 and waiting["OldestSeconds"] >= 0 and waiting["Host"]
+        assert [row for [row] in admin.pages("outbox", limit=1)] == rows
     eventually(lambda: admin.rows("outbox") == [], "the outbox is empty")
     with closing(sqlite3.connect(stack.dir / "outbox.db", timeout=PATIENCE)) as outbox, outbox:
         outbox.execute("INSERT INTO OutboxDead (Kind, RequestID, TokenID, Payload, CreatedAt, Attempts, LastError)"

@@ -1649,7 +1649,7 @@ static void shows_usage(void **state)
     expect_view("2026-11-22|10", VIEW_USAGE_BY_DAY,
                 (struct store_filter){.since_ms = T0, .until_ms = T0 + DAY_MS},
                 "Day TotalTokensUsed");
-    expect_view("NT047|4|173|5;Other|1|5|2", VIEW_USAGE_BY_COMPANY, ALL,
+    expect_view("NT047|5|173|0;Other|1|5|0", VIEW_USAGE_BY_COMPANY, ALL,
                 "CompanyID Requests TotalTokensUsed UnknownCalls");
     expect_view("NT047|63", VIEW_USAGE_BY_COMPANY,
                 (struct store_filter){.company_id = "nt047", .since_ms = T0 + DAY_MS},

@@ -37,7 +37,7 @@ SOURCES  := $(wildcard fcgi-app/*.c)
 PROGRAMS := extract-fcgi extractctl
 CTL      := fcgi-app/extractctl.c $(wildcard fcgi-app/ctl_*.c)
 COMMON   := $(filter-out fcgi-app/main.c $(CTL),$(SOURCES))
-OBJECTS  := $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o
+OBJECTS  := $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o $(if $(filter thread,$(SANITIZE)),$(BUILD)/tests/tsan.o)
 EMBEDDED := fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql \
             sql/setup_database.sql
 UNITS    := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))

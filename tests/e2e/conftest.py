@@ -22,6 +22,7 @@ import http.client
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -75,10 +76,18 @@ QUICK = {
 }
 
 
+given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    with closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One that the kernel gives to no connection, either (32768 and up), nor this to a second caller."""
+    while True:
+        port = random.randrange(10000, 32768)
+        with closing(socket.socket()) as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            if port not in given_ports:
+                given_ports.add(port)
+                return port
 
 
 def eventually(probe: Callable[[], Any], what: str = "") -> Any:

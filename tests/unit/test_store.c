@@ -3383,6 +3383,24 @@ static void loses_nothing_of_a_file_that_was_moved_away(void **state)
     fixture.raw = old;
 }
 
+static void a_file_that_was_moved_away_is_whole_at_the_end(void **state)
+{
+    (void)state;
+    add_token("NT047", -1);
+    for (int i = 0; i < 20; i++) {
+        struct store_acquire a;
+        assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    }
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    move("store.db", "old.db");
+    driver->close(store);
+    store = NULL;
+    assert_int_equal(SQLITE_OK, sqlite3_open(beside("old.db"), &fixture.raw));
+    expect("20", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+}
+
 static void waits_for_a_file_that_vanished(void **state)
 {
     (void)state;
@@ -3441,6 +3459,71 @@ static void follows_to_a_store_only(void **state)
     move("a.db", "store.db");
     expect_key("key-of-a.db");
     attach_again();
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+}
+
+static void expect_key_by(void *own, const char *key)
+{
+    void *first = store;
+    store = own;
+    expect_key(key);
+    store = first;
+}
+
+/* One may come from the first file to the third, past the log of the second; and leave a file for good
+ * while its name, and that of its log, are another's. */
+static void follow_at_different_times(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    add_token("NT047", -1);
+    back_up("a.db");
+    back_up("b.db");
+    void *other = open_store(false, &err);
+    assert_non_null(other);
+    move("a.db", "store.db");
+    expect_key("key-of-a.db");
+    move("b.db", "store.db");
+    expect_key_by(other, "key-of-b.db");
+    expect_key_by(other, "key-of-b.db");
+    driver->close(store);
+    store = other;
+    expect_key("key-of-b.db");
+    attach_again();
+    expect("3", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+    expect_sums();
+}
+
+/* As kill -9 leaves it: the log of a file that is not there any more. */
+static void a_log_that_was_left_is_known_at_the_start(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int status = 0;
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    driver->close(store);
+    store = NULL;
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        store = open_store(false, &err);
+        backend->attach();
+        add_token("NT047", -1);
+        back_up("a.db");
+        struct store_acquire a;
+        _exit(acquire_new("NT047", &a) == GRANT_TOKEN ? 0 : 1);
+    }
+    assert_int_equal(pid, waitpid(pid, &status, 0));
+    assert_int_equal(0, status);
+    assert_int_equal(0, access(beside("store.db-wal"), F_OK));
+    move("a.db", "store.db");
+    store = open_store(false, &err);
+    assert_non_null(store);
+    expect_key("key-of-a.db");
+    backend->attach();
     expect("1", "SELECT COUNT(*) FROM TokenReservations");
     expect("ok", "PRAGMA integrity_check");
 }
@@ -4400,8 +4483,11 @@ static const struct CMUnitTest embedded[] = {
     CONTRACT(the_host_lock_is_waited_for_only_so_long),
     REPLACED(follows_a_replaced_file),
     REPLACED(loses_nothing_of_a_file_that_was_moved_away),
+    REPLACED(a_file_that_was_moved_away_is_whole_at_the_end),
     REPLACED(waits_for_a_file_that_vanished),
     REPLACED(follows_to_a_store_only),
+    REPLACED(follow_at_different_times),
+    REPLACED(a_log_that_was_left_is_known_at_the_start),
     REPLACED(threads_follow_together),
     cmocka_unit_test_setup_teardown(processes_follow_together, setup_closed,
                                     teardown_closed_replaced),

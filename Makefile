@@ -47,7 +47,7 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm freetds-bin systemd
+TEST_PACKAGES  := libcmocka-dev python3-pytest python3-jsonschema python3-yaml procps sqlite3 nodejs npm freetds-bin systemd
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
 .DELETE_ON_ERROR:
@@ -102,7 +102,7 @@ demo: ## The same without staying: exit 0 only if the extraction succeeded
 check: ## Install what tests need, build, run all tests
 	@$(MAKE) --no-print-directory deps-check
 	@$(MAKE) --no-print-directory -j2 all $(UNITS)
-	@$(MAKE) --no-print-directory check-unit check-emulator check-e2e
+	@$(MAKE) --no-print-directory check-unit check-emulator check-openapi check-e2e
 
 units: $(UNITS)
 
@@ -112,6 +112,9 @@ check-unit: $(UNITS) ## The unit tests alone
 check-emulator: ## The tests of what stands in for others: Gemini (with Google's client library), SQL Server (with FreeTDS)
 	$(PYTEST) tests/emulator tests/tds_server
 	tests/genai/run
+
+check-openapi: ## nginx/openapi.yaml against the schema of OpenAPI 3.1 (that the service keeps to it, check-e2e looks at)
+	tests/openapi/run
 
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) tests/e2e $(T)
@@ -183,7 +186,7 @@ install: all ## Install programs, units, guides, and a configuration where there
 	install -D -m 644 systemd/extract-fcgi.tmpfiles.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
 	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
-	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md
+	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md nginx/openapi.yaml
 	install -D -m 644 -t $(INSTALLED)/sql sql/*.sql sql/README.md
 	test -e $(CONFIG_FILE) || install -D -m 644 systemd/extract-fcgi.conf.example $(CONFIG_FILE)
 
@@ -194,10 +197,10 @@ uninstall: ## Remove what install has installed, but a configuration that was ed
 	rm -rf $(INSTALLED)
 
 clean: ## Remove build/
-	rm -rf build tests/genai/node_modules
+	rm -rf build tests/genai/node_modules tests/openapi/node_modules
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-mssql fuzz fuzz-coverage fuzzers lint format \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-mssql fuzz fuzz-coverage fuzzers lint format \
         install uninstall clean help

@@ -247,20 +247,28 @@ static void read_value(sqlite3_stmt *statement, int column, struct store_value *
     }
 }
 
+/* Only once there is a row: the first step prepares the statement anew where the schema has changed. 0: too
+ * many. */
+static int read_names(sqlite3_stmt *statement, const char *names[COLUMNS_MAX])
+{
+    int columns = sqlite3_column_count(statement);
+
+    for (int i = 0; i < columns && columns <= COLUMNS_MAX; i++)
+        names[i] = sqlite3_column_name(statement, i);
+    return columns <= COLUMNS_MAX ? columns : 0;
+}
+
 static enum err_code hand_out(struct sqlite_reader *reader, sqlite3_stmt *statement, store_row *row,
                               void *context, struct err *err)
 {
     struct store_value values[COLUMNS_MAX];
     const char *names[COLUMNS_MAX];
-    int columns = sqlite3_column_count(statement);
-    int result = SQLITE_DONE;
+    int result = SQLITE_DONE, columns = 0;
     bool more = true;
 
-    if (columns > COLUMNS_MAX)
-        return err_set(err, ERR_INTERNAL, "embedded store: COLUMNS_MAX is too small");
-    for (int i = 0; i < columns; i++)
-        names[i] = sqlite3_column_name(statement, i);
     while (more && (result = sqlite3_step(statement)) == SQLITE_ROW) {
+        if (columns == 0 && (columns = read_names(statement, names)) == 0)
+            return err_set(err, ERR_INTERNAL, "embedded store: COLUMNS_MAX is too small");
         for (int i = 0; i < columns; i++)
             read_value(statement, i, &values[i]);
         int64_t start_ms = clock_monotonic_ms();

@@ -51,6 +51,7 @@ BUILD = Path(os.environ.get("BUILD", ROOT / "build")).resolve()
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin") or "nginx"
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("emulator", "samples", "tds_server")]
 
+import openapi  # noqa: E402
 from relay import Relay  # noqa: E402
 from tds import Closed  # noqa: E402
 from tds_client import Connection, SqlError  # noqa: E402
@@ -543,8 +544,10 @@ class Stack:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout, source_address=where)
         with closing(connection):
             connection.request(method, path, body, headers or {})
-            answer = connection.getresponse()
-            return Answer(answer.status, answer.headers, answer.read())
+            response = connection.getresponse()
+            answer = Answer(response.status, response.headers, response.read())
+        openapi.hold(method, path, answer.status, answer.headers, answer.body)
+        return answer
 
     def get(self, path: str, **arguments: Any) -> Answer:
         return self.request("GET", path, **arguments)

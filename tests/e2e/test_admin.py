@@ -309,12 +309,14 @@ def test_answer_says_what_is_not_there(admin: Admin, company: str) -> None:
     assert [admin.rows(name, company=company) for name in PATHS] == [[]] * 6
 
 
-def test_nothing_else_of_a_table_is_shown(admin: Admin, stack: Stack) -> None:
-    """Whatever a DBA adds to it."""
+def test_nothing_else_of_a_table_is_shown(admin: Admin, stack: Stack, company: str) -> None:
+    """Whatever a DBA adds to it, while the service runs."""
+    stack.sql("INSERT INTO RetryAttempts (CompanyID, Attempt, ErrorMessage) VALUES (?, 1, 'so it is')", company)
+    before = admin.rows("retries", company=company)
     if IS_LIVE or TEST_STORE == "sqlite":
         stack.sql(f"ALTER TABLE RetryAttempts ADD {'COLUMN ' if TEST_STORE == 'sqlite' else ''}Secret VARCHAR(20)")
-    for row in admin.rows("retries"):
-        assert list(row) == COLUMNS["retries"]
+    assert admin.rows("retries", company=company) == before
+    assert [(list(row), row["ErrorMessage"]) for row in before] == [(COLUMNS["retries"], "so it is")]
 
 
 # ---- the outbox ----

@@ -575,6 +575,27 @@ def test_administrators_read_by_a_login_of_their_own(make: MakeStack, tds: TdsSe
     assert "reader-password" in start(stack).stderr
 
 
+def test_slow_queries_of_administrators_hold_up_nobody_else(make: MakeStack, tds: TdsServer, crowd: ThreadPoolExecutor,
+                                                            pdf: bytes) -> None:
+    """Two at a time run, some wait, the rest is told to come again; health and extractions go on."""
+    stack = make(env={"EXTRACT_STORE_QUERY_TIMEOUT": "10s"})
+    stack.token()
+    key = {"Authorization": f"Bearer {stack.ctl('client-key', 'add', '--admin').stdout.strip()}"}
+    assert stack.get("/admin/errors", headers=key).status == 200
+    tds.control(do="fault", kind="slow", procedure="usp_ListTokens", seconds=60, times=2)
+    slow = [crowd.submit(stack.get, "/admin/tokens", headers=key) for _ in range(2)]
+    eventually(lambda: tds.control(do="state")["played"] == 2, "both are under way")
+    others = [crowd.submit(stack.get, "/admin/errors", headers=key) for _ in range(40)]
+    refusals = eventually(lambda: [o for o in others if o.done()] if sum(o.done() for o in others) >= 24 else None)
+    assert [stack.get(path).status for path in ("/healthz", "/readyz", "/metrics")] == [200] * 3
+    assert stack.post(pdf).status == 200
+    assert not any(query.done() for query in slow)
+    for answer in refusals:
+        refused(answer.result(), "overloaded")
+    assert {query.result().status for query in slow} <= {200, 503}
+    assert sorted(o.result().status for o in others) == [200] * 16 + [503] * 24
+
+
 # ---- one and sixteen tokens ----
 
 

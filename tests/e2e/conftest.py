@@ -6,8 +6,9 @@
     make_stack  the same with settings of the test's own, ended with the test
 
 A stack is a directory with nginx, a unix socket, spawn-fcgi, multiwatch, N processes and a store. When it
-ends, its processes must have ended too, and neither a sanitizer nor an unexpected line may stand on its
-standard error.
+ends, its processes must have ended too, neither a sanitizer nor an unexpected line may stand on its standard
+error, and none of its API keys and client keys in any file or table that is not the keys' own. What it answers
+and what extractctl says is searched for them at once.
 
 The store is the embedded one; with EXTRACT_TEST_STORE=mssql all of it runs over tests/tds_server instead, or over the
 live server that MSSQL_SERVER, MSSQL_USER and MSSQL_PASSWORD_FILE name (MSSQL_ENCRYPT and MSSQL_CA_FILE where needed), each
@@ -459,6 +460,7 @@ class Stack:
         self.socket = self.dir / f"pool-{uuid.uuid4().hex[:8]}.sock"
         self.port, self.https_port = free_port(), free_port()
         self.allowed_stderr: list[str] = []  # patterns of lines that the test expects
+        self.secrets: set[str] = set()  # API keys and client keys: see keeps_secret
         (self.dir / "tls").mkdir(exist_ok=True)
         (self.dir / "server.d").mkdir(exist_ok=True)
         for name in ("cert.pem", "key.pem"):
@@ -523,6 +525,7 @@ class Stack:
             self.stderr.close()
             if self.relay is not None:
                 self.relay.cut()
+        self.keeps_secrets()
         noise = [line for line in (self.dir / "pool.log").read_text(errors="replace").splitlines()
                  if not any(re.search(pattern, line) for pattern in [*self.allowed_stderr, SETTING_UP])]
         if self.own_directory:
@@ -547,6 +550,7 @@ class Stack:
             response = connection.getresponse()
             answer = Answer(response.status, response.headers, response.read())
         openapi.hold(method, path, answer.status, answer.headers, answer.body)
+        self.keeps_secret(f"the answer to {method} {path}", str(answer.headers).encode() + answer.body)
         return answer
 
     def get(self, path: str, **arguments: Any) -> Answer:
@@ -580,12 +584,38 @@ class Stack:
         result = subprocess.run([str(BUILD / "extractctl"), *arguments], input=stdin, env=self.env, text=True,
                                 capture_output=True, timeout=PATIENCE)
         assert not check or result.returncode == 0, result.stderr
+        made = re.findall(r"extract_[\w-]{43}", result.stdout) if arguments[:2] == ("client-key", "add") else []
+        self.keeps_secret(f"what extractctl {arguments} says", (result.stdout + result.stderr).encode())
+        self.secrets.update(made)
         return result
 
     def token(self, company: str = "NT047", key: str | None = None, *arguments: str) -> int:
         """Adds a token; its TokenID. The key defaults to one of its own."""
-        added = self.ctl("token", "add", "--company", company, *arguments, stdin=(key or f"key-{uuid.uuid4().hex}") + "\n")
-        return int(added.stdout)
+        key = key or f"key-{uuid.uuid4().hex}"
+        self.secrets.add(key.strip())
+        return int(self.ctl("token", "add", "--company", company, *arguments, stdin=key + "\n").stdout)
+
+    # -- what must stand nowhere --
+
+    def keeps_secret(self, where: str, content: bytes) -> None:
+        """No key of this stack stands there. (Of a few letters only, it is a test's own about odd keys.)"""
+        assert not [key for key in self.secrets if len(key) >= 12 and key.encode() in content], where
+
+    def keeps_secrets(self) -> None:
+        """In no file and no table that this stack has written, but for the keys' own."""
+        key_files = [Path(path) for name, path in self.env.items() if name.endswith("_KEY_FILE")]
+        for path in key_files:
+            if path.is_file():
+                self.secrets.update(path.read_text(errors="replace").split())
+        for path in self.dir.rglob("*"):
+            if path.is_file() and path not in key_files and not path.name.startswith("store.db"):
+                self.keeps_secret(str(path), path.read_bytes())
+        with suppress(sqlite3.Error, SqlError, OSError, Closed):  # a test may have broken its store
+            for table in self.tables():
+                for row in self.sql(f'SELECT * FROM "{table}"'):
+                    if table == "TokenMaster":
+                        del row["ApiKey"]
+                    self.keeps_secret(table, json.dumps(row, ensure_ascii=False, default=str).encode())
 
     def sql(self, statement: str, *values: Any) -> list[dict[str, Any]]:
         if self.sql_server is not None:

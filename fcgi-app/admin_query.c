@@ -132,8 +132,10 @@ static char *decode(struct arena *arena, const char *text, size_t len)
     char *out = arena_strndup(arena, text, len), *to = out;
 
     for (size_t i = 0; i < len; i++) {
-        char c = text[i] == '+' ? ' ' : text[i];
-        if (c == '%') {
+        char c = text[i];
+        if (c == '+') {
+            c = ' ';
+        } else if (c == '%') {
             int high = i + 2 < len ? hex_digit(text[i + 1]) : -1;
             int low = i + 2 < len ? hex_digit(text[i + 2]) : -1;
             if (high < 0 || low < 0 || high + low == 0)

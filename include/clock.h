@@ -7,7 +7,8 @@
 
 #define CLOCK_TEXT_SIZE 25 /* "2026-11-22T12:13:21.123Z" and NUL */
 #define UUID_TEXT_SIZE 37  /* 36 characters and NUL */
-#define CLOCK_WALL_MAX INT64_C(253402300799999) /* the end of the year 9999, which has four digits */
+#define CLOCK_WALL_MAX \
+    INT64_C(253402300799999) /* the end of the year 9999, which has four digits */
 
 /* Monotonic time: for deadlines and durations. */
 int64_t clock_monotonic_ms(void);

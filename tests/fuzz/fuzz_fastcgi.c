@@ -511,6 +511,7 @@ static void serve(struct app *app, struct connection *c)
     } else {
         route_other(app, &c->request, &response);
         CHECK(counts.queried == 0 || response.status == 200);
+        CHECK(counts.queried == 0 || c->request.authorization[0] == '\0');
     }
     CHECK(response.status >= 200 && response.status < 600);
     CHECK(counts.called == counts.settled && counts.called == counts.acquired);

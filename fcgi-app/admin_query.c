@@ -16,25 +16,25 @@
 
 /* ---- what can be asked for ---- */
 
-enum { TIME = 1, REQUEST = 2 };
+enum { OF_COMPANY = 1, OF_TIME = 2, OF_REQUEST = 4, OF_ALL = 7 }; /* struct admin_view, takes */
 
-#define USAGE(name, store_view, ...)                                                         \
-    {                                                                                        \
-        .path = "/admin/usage", .by = (name), .view = (store_view), .takes = TIME | REQUEST, \
-        .file_name = "usage.csv", .columns = {                                               \
-            __VA_ARGS__,                                                                     \
-            "Requests",                                                                      \
-            "RequestCount",                                                                  \
-            "InputTokens",                                                                   \
-            "OutputTokens",                                                                  \
-            "TextPromptTokens",                                                              \
-            "ImagePromptTokens",                                                             \
-            "TextCandidatesTokens",                                                          \
-            "ThoughtsTokens",                                                                \
-            "CachedTokens",                                                                  \
-            "TotalTokensUsed",                                                               \
-            "UnknownCalls"                                                                   \
-        }                                                                                    \
+#define USAGE(name, store_view, ...)                                                 \
+    {                                                                                \
+        .path = "/admin/usage", .by = (name), .view = (store_view), .takes = OF_ALL, \
+        .file_name = "usage.csv", .columns = {                                       \
+            __VA_ARGS__,                                                             \
+            "Requests",                                                              \
+            "RequestCount",                                                          \
+            "InputTokens",                                                           \
+            "OutputTokens",                                                          \
+            "TextPromptTokens",                                                      \
+            "ImagePromptTokens",                                                     \
+            "TextCandidatesTokens",                                                  \
+            "ThoughtsTokens",                                                        \
+            "CachedTokens",                                                          \
+            "TotalTokensUsed",                                                       \
+            "UnknownCalls"                                                           \
+        }                                                                            \
     }
 
 /* A path's first row is what it shows unless `by` says otherwise. A new column is a name here, where the
@@ -43,7 +43,7 @@ static const struct admin_view views[] = {
     {.path = "/admin/tokens",
      .by = "token",
      .view = VIEW_TOKENS,
-     .takes = TIME,
+     .takes = OF_COMPANY | OF_TIME,
      .id = "TokenID",
      .file_name = "tokens.csv",
      .columns = {"TokenID", "CompanyID", "CompanyName", "Provider", "ApiKey", "Status",
@@ -53,6 +53,7 @@ static const struct admin_view views[] = {
     {.path = "/admin/tokens",
      .by = "status",
      .view = VIEW_TOKENS_BY_STATUS,
+     .takes = OF_COMPANY,
      .file_name = "tokens.csv",
      .columns = {"Status", "Count", "Unlimited", "TotalTokenLimit", "TotalUsedTokens",
                  "TotalRemainingTokens", "ReservedTokens", "OverThreshold", "Cooling"}},
@@ -63,21 +64,21 @@ static const struct admin_view views[] = {
     USAGE("token", VIEW_USAGE_BY_TOKEN, "CompanyID", "TokenID", "TokenSource"),
     {.path = "/admin/errors",
      .view = VIEW_ERRORS,
-     .takes = TIME | REQUEST,
+     .takes = OF_ALL,
      .id = "LogID",
      .file_name = "errors.csv",
      .columns = {"LogID", "Timestamp", "LogLevel", "Logger", "Message", "Exception", "Module",
                  "FunctionName", "LineNumber", "RequestID", "Host"}},
     {.path = "/admin/retries",
      .view = VIEW_RETRIES,
-     .takes = TIME | REQUEST,
+     .takes = OF_ALL,
      .id = "RetryID",
      .file_name = "retries.csv",
      .columns = {"RetryID", "TokenID", "CompanyID", "Attempt", "ErrorMessage", "IsRetryable",
                  "Timestamp", "RequestID", "StatusCode", "DelayMs"}},
     {.path = "/admin/unsettled",
      .view = VIEW_UNSETTLED,
-     .takes = TIME | REQUEST,
+     .takes = OF_ALL,
      .id = "ReservationID",
      .file_name = "unsettled.csv",
      .columns = {"ReservationID", "RequestID", "Sequence", "TokenID", "CompanyID", "Branch",
@@ -86,7 +87,7 @@ static const struct admin_view views[] = {
     {.path = "/admin/outbox",
      .by = "entry",
      .view = VIEW_OUTBOX,
-     .takes = TIME | REQUEST,
+     .takes = OF_ALL,
      .file_name = "outbox.csv",
      .columns = {"State", "Kind", "RequestID", "TokenID", "CompanyID", "Branch", "RequestedBy",
                  "TotalTokensUsed", "CreatedAt", "Attempts", "LastError"}},
@@ -111,6 +112,7 @@ static const struct admin_view *find_view(const char *path, const char *by)
 
 /* ---- the URL's parameters ---- */
 
+/* The filters first. */
 enum { SINCE, UNTIL, COMPANY, REQUEST_ID, BY, LIMIT, CURSOR, FORMAT, PARAMETERS };
 
 static const char *const names[PARAMETERS] = {"since", "until", "company", "request_id",
@@ -248,20 +250,15 @@ static enum err_code read_text(const char *name, const char *text, size_t max, c
 static enum err_code read_filter(const char *const values[PARAMETERS], struct admin_query *out,
                                  struct err *err)
 {
-    const struct {
-        int parameter;
-        unsigned takes;
-    } rare[] = {{SINCE, TIME}, {UNTIL, TIME}, {REQUEST_ID, REQUEST}};
+    const unsigned wanted[] = {
+        [SINCE] = OF_TIME, [UNTIL] = OF_TIME, [COMPANY] = OF_COMPANY, [REQUEST_ID] = OF_REQUEST};
+    const struct admin_view *view = out->view;
 
-    for (size_t i = 0; i < sizeof rare / sizeof rare[0]; i++)
-        if (values[rare[i].parameter] != NULL && (out->view->takes & rare[i].takes) == 0)
+    for (size_t i = SINCE; i <= REQUEST_ID; i++)
+        if (values[i] != NULL && (view->takes & wanted[i]) == 0)
             return err_set(err, ERR_BAD_REQUEST, "%s does not go with %s%s%s: leave it out.",
-                           names[rare[i].parameter], out->view->path,
-                           out->view->by != NULL ? " by " : "",
-                           out->view->by != NULL ? out->view->by : "");
-    if (values[COMPANY] != NULL && out->view->view == VIEW_OUTBOX_BY_STATE)
-        return err_set(err, ERR_BAD_REQUEST,
-                       "company does not go with /admin/outbox by state: leave it out.");
+                           names[i], view->path, view->by != NULL ? " by " : "",
+                           view->by != NULL ? view->by : "");
     if (read_time("since", values[SINCE], &out->filter.since_ms, err) != ERR_NONE ||
         read_time("until", values[UNTIL], &out->filter.until_ms, err) != ERR_NONE ||
         read_text("company", values[COMPANY], TEXT_MAX, &out->filter.company_id, err) != ERR_NONE)
@@ -301,7 +298,7 @@ static int weight(const char *range, size_t len)
 }
 
 /* How much a type is wanted; 0 where the header does not name it. */
-static int wanted(const char *accept, const char *type)
+static int preference(const char *accept, const char *type)
 {
     while (*accept != '\0') {
         accept += strspn(accept, " \t,");
@@ -318,8 +315,9 @@ static enum err_code read_format(const char *format, const char *accept, struct 
 {
     if (format != NULL && strcmp(format, "csv") != 0 && strcmp(format, "json") != 0)
         return err_set(err, ERR_BAD_REQUEST, "format must be json or csv.");
-    out->csv = format != NULL ? strcmp(format, "csv") == 0
-                              : wanted(accept, "text/csv") > wanted(accept, "application/json");
+    out->csv = format != NULL
+                   ? strcmp(format, "csv") == 0
+                   : preference(accept, "text/csv") > preference(accept, "application/json");
     return ERR_NONE;
 }
 
@@ -380,7 +378,7 @@ void admin_query_next(const struct admin_query *query, int64_t rows, int64_t las
     bool counted = query->view->id == NULL;
     int64_t until_ms = query->filter.until_ms;
 
-    if (counted && until_ms == 0 && (query->view->takes & TIME) != 0)
+    if (counted && until_ms == 0 && (query->view->takes & OF_TIME) != 0)
         until_ms = clock_wall_ms(); /* what comes from now on must not move the others */
     snprintf(out, ADMIN_CURSOR_SIZE, "%08x%016llx%016llx%016llx", query->fingerprint,
              (unsigned long long)(counted ? query->skip + rows : last_id),

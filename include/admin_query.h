@@ -23,7 +23,7 @@ struct admin_view {
     const char *path;
     const char *by; /* the parameter that chooses it; NULL: its path has no other */
     enum store_view view;
-    unsigned takes;        /* parameters that not all views have; admin_query.c's own */
+    unsigned takes;        /* of the filters; admin_query.c says which */
     const char *id;        /* the column that pages go by; NULL: rows are counted */
     const char *file_name; /* of CSV */
     const char *columns[ADMIN_COLUMNS_MAX]; /* that are shown, in this order; no others ever are */

@@ -124,6 +124,12 @@ check-openapi: ## nginx/openapi.yaml against the schema of OpenAPI 3.1 (that the
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
 
+check-faults: all ## The fault matrix: kills, outages, full disks, broken networks (tests/README.md); T chooses
+	BUILD=$(BUILD) $(PYTEST) tests/faults $(T)
+
+soak: all ## Mixed load with random faults for SECONDS (60), then account and memory; SEED=n repeats one
+	BUILD=$(BUILD) SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(PYTEST) -s tests/faults/soak.py
+
 # Each test makes a database of its own there and drops it; MSSQL_USER must be allowed to. With MSSQL_CA_FILE over
 # TLS (or as MSSQL_ENCRYPT says: require, request, off); MSSQL_RIGHTS=no where there is no ownership chaining.
 check-mssql: all $(BUILD)/tests/unit/test_store ## All that uses the store, on a live server: MSSQL_SERVER=host:port MSSQL_USER=… MSSQL_PASSWORD_FILE=…
@@ -218,5 +224,10 @@ clean: ## Remove build/
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
+<<<<<<< HEAD
 .PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-mssql fuzz fuzz-coverage fuzzers lint format manuals \
+=======
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-faults soak check-mssql fuzz fuzz-coverage \
+        fuzzers lint format manuals \
+>>>>>>> main
         install uninstall clean help

@@ -157,8 +157,8 @@ static enum err_code refuse_number(const struct value_type *type, const char *te
     };
     char range[VALUE_RANGE_SIZE];
 
-    return err_set(err, ERR_CONFIG, "\"%s\" is not %s %s", value_show(text).text,
-                   names[type->kind], value_range(type, range));
+    return err_set(err, ERR_CONFIG, "\"%s\" is not %s %s", value_show(text).text, names[type->kind],
+                   value_range(type, range));
 }
 
 /* What no value of any kind may be. */

@@ -13,16 +13,16 @@
 #define VALUE_MINUTE 60e3
 #define VALUE_HOUR 3600e3
 
-enum value_kind { /* those with a range first */
-    VALUE_INTEGER, /* int */
-    VALUE_SIZE,    /* int64_t, bytes; written so, or with K, M, G: times 1024 */
-    VALUE_DURATION, /* int64_t, milliseconds; written in seconds, or with ms, s, m, h; fractions too */
-    VALUE_REAL,     /* double */
-    VALUE_YES_NO, /* bool */
-    VALUE_WORD,   /* int, the place in a list */
-    VALUE_TEXT,   /* char * */
-    VALUE_URL,    /* char *; its password is printed as *** */
-    VALUE_FILE    /* char *, the name of a file */
+enum value_kind {                /* those with a range first */
+                  VALUE_INTEGER, /* int */
+                  VALUE_SIZE,    /* int64_t, bytes; written so, or with K, M, G: times 1024 */
+                  VALUE_DURATION, /* int64_t, milliseconds; written in seconds, or with ms, s, m, h; fractions too */
+                  VALUE_REAL,   /* double */
+                  VALUE_YES_NO, /* bool */
+                  VALUE_WORD,   /* int, the place in a list */
+                  VALUE_TEXT,   /* char * */
+                  VALUE_URL,    /* char *; its password is printed as *** */
+                  VALUE_FILE    /* char *, the name of a file */
 };
 
 struct value_type {

@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -3530,6 +3531,7 @@ static void a_log_that_was_left_is_known_at_the_start(void **state)
 
 static atomic_bool replacing;
 static atomic_int served;
+static atomic_int *opened; /* by how many processes; shared by them */
 
 static bool is_fine(enum err_code code)
 {
@@ -3589,6 +3591,9 @@ static int rounds_in_process(int n)
     struct err err = {0};
     void *own = open_store(false, &err);
     int wrong = own == NULL ? 9 : 0;
+    atomic_fetch_add(opened, 1);
+    while (n == 0 && atomic_load(opened) < WORKERS) /* a store that comes and goes is no start */
+        clock_sleep_until(clock_monotonic_ms() + 1);
     int64_t end_ms = clock_monotonic_ms() + 2500;
     for (int i = 0; n == 0 && i < 12 && wrong == 0; i++) { /* the DBA */
         clock_sleep_until(clock_monotonic_ms() + 150);
@@ -3643,7 +3648,10 @@ static void processes_follow_together(void **state)
     sqlite3_close(fixture.raw);
     fixture.raw = NULL;
     atomic_store(&served, 0);
+    opened = mmap(NULL, sizeof *opened, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(opened != MAP_FAILED);
     in_processes(WORKERS, rounds_in_process);
+    munmap(opened, sizeof *opened);
     backend->attach();
     expect("ok", "PRAGMA integrity_check");
     expect("key-of-a.db", "SELECT ApiKey FROM TokenMaster");

@@ -224,10 +224,6 @@ clean: ## Remove build/
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-<<<<<<< HEAD
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-mssql fuzz fuzz-coverage fuzzers lint format manuals \
-=======
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-faults soak check-mssql fuzz fuzz-coverage \
-        fuzzers lint format manuals \
->>>>>>> main
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-faults soak check-mssql fuzz \
+        fuzz-coverage fuzzers lint format manuals \
         install uninstall clean help

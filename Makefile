@@ -17,6 +17,8 @@ prefix      ?= /usr/local
 bindir      ?= $(prefix)/bin
 sbindir     ?= $(prefix)/sbin
 datadir     ?= $(prefix)/share
+mandir      ?= $(datadir)/man
+completions ?= $(datadir)/bash-completion/completions
 sysconfdir  ?= /etc
 unitdir     ?= $(prefix)/lib/systemd/system
 sysusersdir ?= $(prefix)/lib/sysusers.d
@@ -49,7 +51,8 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist procps sqlite3 nodejs npm freetds-bin systemd
+TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist python3-jsonschema python3-yaml python3-requests procps sqlite3 nodejs npm \
+                  freetds-bin systemd mandoc mono-mcs mono-runtime libmono-system-net-http4.0-cil libmono-system-runtime-serialization4.0-cil
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
@@ -105,7 +108,7 @@ demo: ## The same without staying: exit 0 only if the extraction succeeded
 check: ## Install what tests need, build, run all tests
 	@$(MAKE) --no-print-directory deps-check
 	@$(MAKE) --no-print-directory -j2 all $(UNITS)
-	@$(MAKE) --no-print-directory check-unit check-emulator check-e2e
+	@$(MAKE) --no-print-directory check-unit check-emulator check-openapi check-e2e
 
 units: $(UNITS)
 
@@ -116,6 +119,9 @@ check-emulator: ## The tests of what stands in for others: Gemini (with Google's
 	$(PYTEST) tests/emulator tests/tds_server
 	tests/genai/run
 
+check-openapi: ## nginx/openapi.yaml against the schema of OpenAPI 3.1 (that the service keeps to it, check-e2e looks at)
+	tests/openapi/run
+
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
 
@@ -124,6 +130,12 @@ check-browser: all ## The page in Chromium; BROWSER_TESTS='pattern' chooses test
 	@tests/install-packages $(RUN_PACKAGES) $(TEST_PACKAGES) $(BROWSER_PACKAGES)
 	cd tests/browser && { [ -d node_modules/playwright-core ] || npm ci --loglevel=error --no-audit --no-fund; }
 	BUILD=$(BUILD) PYTHONPATH=tests/e2e $(PYTEST) -s tests/browser
+
+check-faults: all ## The fault matrix: kills, outages, full disks, broken networks (tests/README.md); T chooses
+	BUILD=$(BUILD) $(PYTEST) tests/faults $(T)
+
+soak: all ## Mixed load with random faults for SECONDS (60), then account and memory; SEED=n repeats one
+	BUILD=$(BUILD) SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(PYTEST) -s tests/faults/soak.py
 
 # Each test makes a database of its own there and drops it; MSSQL_USER must be allowed to. With MSSQL_CA_FILE over
 # TLS (or as MSSQL_ENCRYPT says: require, request, off); MSSQL_RIGHTS=no where there is no ownership chaining.
@@ -182,7 +194,15 @@ CONFIG_FILE = $(DESTDIR)$(sysconfdir)/extract-fcgi/extract-fcgi.conf
 # The units name the program and the guide where they are installed.
 PLACE       = sed -e 's|/usr/local/sbin|$(sbindir)|g' -e 's|/usr/local/share|$(datadir)|g'
 
-install: all ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
+MANUALS := extractctl.1 extract-fcgi.conf.5 extract-fcgi.8
+manuals: $(MANUALS:%=$(BUILD)/man/%) ## The manual pages, into build/man; what they say of keys and commands comes from the programs
+
+$(BUILD)/man/%: systemd/man/%.in systemd/man/generate $(PROGRAMS:%=$(BUILD)/%)
+	@mkdir -p $(@D)
+	@echo '  MAN   $@'
+	$(Q)systemd/man/generate $(BUILD) $< >$@
+
+install: all manuals ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
 	install -D -m 755 -t $(DESTDIR)$(sbindir) $(BUILD)/extract-fcgi
 	install -D -m 755 -t $(DESTDIR)$(bindir) $(BUILD)/extractctl
 	install -d -m 755 $(DESTDIR)$(unitdir)
@@ -190,24 +210,28 @@ install: all ## Install programs, units, guides, and a configuration where there
 	    $(PLACE) systemd/$$unit > $(DESTDIR)$(unitdir)/$$unit && chmod 644 $(DESTDIR)$(unitdir)/$$unit || exit 1; done
 	install -D -m 644 systemd/extract-fcgi.sysusers.conf $(DESTDIR)$(sysusersdir)/extract-fcgi.conf
 	install -D -m 644 systemd/extract-fcgi.tmpfiles.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf
+	for page in $(MANUALS); do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
+	install -D -m 644 systemd/extractctl.completion.bash $(DESTDIR)$(completions)/extractctl
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
 	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
-	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md
+	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md nginx/openapi.yaml
 	install -D -m 644 -t $(INSTALLED)/nginx/www/extract-fcgi nginx/www/extract-fcgi/*
 	install -D -m 644 -t $(INSTALLED)/sql sql/*.sql sql/README.md
 	test -e $(CONFIG_FILE) || install -D -m 644 systemd/extract-fcgi.conf.example $(CONFIG_FILE)
 
 uninstall: ## Remove what install has installed, but a configuration that was edited
 	rm -f $(DESTDIR)$(sbindir)/extract-fcgi $(DESTDIR)$(bindir)/extractctl $(UNIT_FILES:%=$(DESTDIR)$(unitdir)/%) \
-	    $(DESTDIR)$(sysusersdir)/extract-fcgi.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf
+	    $(DESTDIR)$(sysusersdir)/extract-fcgi.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf \
+	    $(foreach page,$(MANUALS),$(DESTDIR)$(mandir)/man$(subst .,,$(suffix $(page)))/$(page)) $(DESTDIR)$(completions)/extractctl
 	! cmp -s $(INSTALLED)/extract-fcgi.conf.example $(CONFIG_FILE) || rm $(CONFIG_FILE)
 	rm -rf $(INSTALLED)
 
 clean: ## Remove build/
-	rm -rf build tests/genai/node_modules tests/browser/node_modules
+	rm -rf build tests/genai/node_modules tests/openapi/node_modules tests/browser/node_modules
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-browser check-mssql fuzz fuzz-coverage fuzzers lint format \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-browser check-faults soak check-mssql fuzz \
+        fuzz-coverage fuzzers lint format manuals \
         install uninstall clean help

@@ -23,7 +23,6 @@ import http.client
 import io
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -52,13 +51,15 @@ BUILD = Path(os.environ.get("BUILD", ROOT / "build")).resolve()
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin") or "nginx"
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("emulator", "samples", "tds_server")]
 
+import openapi  # noqa: E402
 from relay import Relay  # noqa: E402
 from tds import Closed  # noqa: E402
 from tds_client import Connection, SqlError  # noqa: E402
-from tds_process import TdsServer  # noqa: E402
+from tds_process import TdsServer, free_port  # noqa: E402
 
-# Taken out: the programs refuse variables of theirs that they do not know.
-TEST_STORE = os.environ.pop("EXTRACT_TEST_STORE", "sqlite")
+# Taken out: the programs refuse variables of theirs that they do not know. The other name is for pytest's own processes.
+TEST_STORE = os.environ.pop("EXTRACT_TEST_STORE", os.environ.get("TEST_STORE", "sqlite"))
+os.environ["TEST_STORE"] = TEST_STORE
 IS_LIVE = bool(os.environ.get("MSSQL_SERVER"))
 PATIENCE = 120.0 if IS_LIVE else 30.0  # seconds: an upper bound for what must happen, never a delay
 
@@ -75,20 +76,6 @@ QUICK = {
     "EXTRACT_RETRY_INITIAL_DELAY": "0.02",
     "EXTRACT_RETRY_MAX_DELAY": "0.2",
 }
-
-
-given_ports: set[int] = set()
-
-
-def free_port() -> int:
-    """One that the kernel gives to no connection, either (32768 and up), nor this to a second caller."""
-    while True:
-        port = random.randrange(10000, 32768)
-        with closing(socket.socket()) as s, suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            if port not in given_ports:
-                given_ports.add(port)
-                return port
 
 
 def eventually(probe: Callable[[], Any], what: str = "") -> Any:
@@ -548,6 +535,7 @@ class Stack:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             answer = Answer(response.status, response.headers, response.read())
+        openapi.hold(method, path, answer.status, answer.headers, answer.body)
         self.keeps_secret(f"the answer to {method} {path}", str(answer.headers).encode() + answer.body)
         return answer
 
@@ -578,9 +566,11 @@ class Stack:
 
     # -- extractctl and the store --
 
-    def ctl(self, *arguments: str, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run([str(BUILD / "extractctl"), *arguments], input=stdin, env=self.env, text=True,
-                                capture_output=True, timeout=PATIENCE)
+    def ctl(self, *arguments: str, stdin: str = "", check: bool = True, patient: bool = False) -> subprocess.CompletedProcess[str]:
+        """patient: where a test is about a short store.query_timeout, but this command is not."""
+        env = self.env | ({"EXTRACT_STORE_QUERY_TIMEOUT": f"{PATIENCE:.0f}s"} if patient else {})
+        result = subprocess.run([str(BUILD / "extractctl"), *arguments], input=stdin, env=env, text=True, capture_output=True,
+                                timeout=2 * PATIENCE)
         assert not check or result.returncode == 0, result.stderr
         made = re.findall(r"extract_[\w-]{43}", result.stdout) if arguments[:2] == ("client-key", "add") else []
         self.keeps_secret(f"what extractctl {arguments} says", (result.stdout + result.stderr).encode())
@@ -591,7 +581,7 @@ class Stack:
         """Adds a token; its TokenID. The key defaults to one of its own."""
         key = key or f"key-{uuid.uuid4().hex}"
         self.secrets.add(key.strip())
-        return int(self.ctl("token", "add", "--company", company, *arguments, stdin=key + "\n").stdout)
+        return int(self.ctl("token", "add", "--company", company, *arguments, stdin=key + "\n", patient=True).stdout)
 
     # -- what must stand nowhere --
 

@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -1599,6 +1600,18 @@ static void shows_tokens(void **state)
     expect_view("Active|1", VIEW_TOKENS_BY_STATUS, (struct store_filter){.company_id = "b"},
                 "Status Count");
 
+    expect_view("Active|2|1|100|40|100|60|0|0;Expired|1|1|NULL|0|0|NULL|0|0", VIEW_TOKENS_BY_STATUS,
+                ALL,
+                "Status Count Unlimited TotalTokenLimit TotalUsedTokens ReservedTokens"
+                " TotalRemainingTokens OverThreshold Cooling");
+    settle_for(ID(3), 1, "Ärzte", "b", "u", 39, T0);
+    expect_view("0", VIEW_TOKENS_BY_STATUS, (struct store_filter){.company_id = "Ärzte"},
+                "OverThreshold");
+    settle_for(ID(4), 1, "Ärzte", "b", "u", 1, T0);
+    sql("UPDATE TokenMaster SET CooldownUntil = '2100-01-01T00:00:00.000Z' WHERE TokenID = 2");
+    expect_view("Active|1|1;Expired|0|0", VIEW_TOKENS_BY_STATUS, ALL,
+                "Status OverThreshold Cooling");
+
     struct shown shown = {.columns = "TokenID", .stop_after = 1};
     assert_int_equal(ERR_NONE, driver->query(store, VIEW_TOKENS, &ALL, show_row, &shown, &err));
     assert_int_equal(1, shown.rows);
@@ -1637,6 +1650,11 @@ static void shows_usage(void **state)
     expect_view("2026-11-22|10", VIEW_USAGE_BY_DAY,
                 (struct store_filter){.since_ms = T0, .until_ms = T0 + DAY_MS},
                 "Day TotalTokensUsed");
+    expect_view("NT047|5|173|0;Other|1|5|0", VIEW_USAGE_BY_COMPANY, ALL,
+                "CompanyID Requests TotalTokensUsed UnknownCalls");
+    expect_view("NT047|63", VIEW_USAGE_BY_COMPANY,
+                (struct store_filter){.company_id = "nt047", .since_ms = T0 + DAY_MS},
+                "CompanyID TotalTokensUsed");
     expect_view("NT047|NULL|100;NT047|South|60;NT047|North|13;Other|South|5", VIEW_USAGE_BY_BRANCH,
                 ALL, "CompanyID Branch TotalTokensUsed");
     expect_view("bob|40;ann|33", VIEW_USAGE_BY_USER,
@@ -3513,6 +3531,7 @@ static void a_log_that_was_left_is_known_at_the_start(void **state)
 
 static atomic_bool replacing;
 static atomic_int served;
+static atomic_int *opened; /* by how many processes; shared by them */
 
 static bool is_fine(enum err_code code)
 {
@@ -3572,6 +3591,9 @@ static int rounds_in_process(int n)
     struct err err = {0};
     void *own = open_store(false, &err);
     int wrong = own == NULL ? 9 : 0;
+    atomic_fetch_add(opened, 1);
+    while (n == 0 && atomic_load(opened) < WORKERS) /* a store that comes and goes is no start */
+        clock_sleep_until(clock_monotonic_ms() + 1);
     int64_t end_ms = clock_monotonic_ms() + 2500;
     for (int i = 0; n == 0 && i < 12 && wrong == 0; i++) { /* the DBA */
         clock_sleep_until(clock_monotonic_ms() + 150);
@@ -3626,7 +3648,10 @@ static void processes_follow_together(void **state)
     sqlite3_close(fixture.raw);
     fixture.raw = NULL;
     atomic_store(&served, 0);
+    opened = mmap(NULL, sizeof *opened, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(opened != MAP_FAILED);
     in_processes(WORKERS, rounds_in_process);
+    munmap(opened, sizeof *opened);
     backend->attach();
     expect("ok", "PRAGMA integrity_check");
     expect("key-of-a.db", "SELECT ApiKey FROM TokenMaster");

@@ -51,7 +51,8 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist python3-jsonschema python3-yaml python3-requests procps sqlite3 nodejs npm \
+WWW_PACKAGES   := nodejs npm
+TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist python3-jsonschema python3-yaml python3-requests procps sqlite3 $(WWW_PACKAGES) \
                   freetds-bin systemd mandoc mono-mcs mono-runtime libmono-system-net-http4.0-cil libmono-system-runtime-serialization4.0-cil
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
@@ -86,8 +87,21 @@ $(BUILD)/tests/unit/test_store: $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/uni
 
 -include $(wildcard $(BUILD)/fcgi-app/*.d $(BUILD)/tests/unit/*.d $(BUILD)/tests/fuzz/*.d)
 
+# The dashboard's plots are drawn by uPlot, from npm, its version and checksum in nginx/package-lock.json.
+WWW   := nginx/www/extract-fcgi
+UPLOT := $(WWW)/uplot.js $(WWW)/uplot.css $(WWW)/uplot.txt
+www: $(UPLOT) ## Copy what the dashboard needs from npm into nginx/www/
+
+$(UPLOT) &: nginx/package.json nginx/package-lock.json
+	@mkdir -p $(BUILD)/npm
+	cp nginx/package.json nginx/package-lock.json nginx/.npmrc $(BUILD)/npm
+	cd $(BUILD)/npm && npm ci --loglevel=error --no-audit --no-fund
+	install -m 644 $(BUILD)/npm/node_modules/uplot/dist/uPlot.esm.js $(WWW)/uplot.js
+	install -m 644 $(BUILD)/npm/node_modules/uplot/dist/uPlot.min.css $(WWW)/uplot.css
+	install -m 644 $(BUILD)/npm/node_modules/uplot/LICENSE $(WWW)/uplot.txt
+
 deps: ## Install what building and running need (Debian 12; root or sudo)
-	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES)
+	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES) $(WWW_PACKAGES)
 
 deps-check: ## Install what the tests need, too
 	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES) $(TEST_PACKAGES)
@@ -97,12 +111,12 @@ deps-lint:
 
 run: ## Install, build, start everything on https://localhost:8443, extract a sample; until Ctrl-C
 	@$(MAKE) --no-print-directory deps
-	@$(MAKE) --no-print-directory -j2 all
+	@$(MAKE) --no-print-directory -j2 all www
 	@BUILD=$(BUILD) tests/demo
 
 demo: ## The same without staying: exit 0 only if the extraction succeeded
 	@$(MAKE) --no-print-directory deps
-	@$(MAKE) --no-print-directory -j2 all
+	@$(MAKE) --no-print-directory -j2 all www
 	@BUILD=$(BUILD) tests/demo --once
 
 check: ## Install what tests need, build, run all tests
@@ -122,11 +136,11 @@ check-emulator: ## The tests of what stands in for others: Gemini (with Google's
 check-openapi: ## nginx/openapi.yaml against the schema of OpenAPI 3.1 (that the service keeps to it, check-e2e looks at)
 	tests/openapi/run
 
-check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
+check-e2e: all www ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
 
 # The fixtures are those of tests/e2e; node's own lines are the report.
-check-browser: all ## The page in Chromium; BROWSER_TESTS='pattern' chooses tests, SCREENSHOTS=dir keeps pictures
+check-browser: all www ## The page in Chromium; BROWSER_TESTS='pattern' chooses tests, SCREENSHOTS=dir keeps pictures
 	@tests/install-packages $(RUN_PACKAGES) $(TEST_PACKAGES) $(BROWSER_PACKAGES)
 	cd tests/browser && { [ -d node_modules/playwright-core ] || npm ci --loglevel=error --no-audit --no-fund; }
 	BUILD=$(BUILD) PYTHONPATH=tests/e2e $(PYTEST) -s tests/browser
@@ -202,7 +216,7 @@ $(BUILD)/man/%: systemd/man/%.in systemd/man/generate $(PROGRAMS:%=$(BUILD)/%)
 	@echo '  MAN   $@'
 	$(Q)systemd/man/generate $(BUILD) $< >$@
 
-install: all manuals ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
+install: all manuals www ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
 	install -D -m 755 -t $(DESTDIR)$(sbindir) $(BUILD)/extract-fcgi
 	install -D -m 755 -t $(DESTDIR)$(bindir) $(BUILD)/extractctl
 	install -d -m 755 $(DESTDIR)$(unitdir)
@@ -227,11 +241,11 @@ uninstall: ## Remove what install has installed, but a configuration that was ed
 	rm -rf $(INSTALLED)
 
 clean: ## Remove build/
-	rm -rf build tests/genai/node_modules tests/openapi/node_modules tests/browser/node_modules
+	rm -rf build $(UPLOT) tests/genai/node_modules tests/openapi/node_modules tests/browser/node_modules
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-browser check-faults soak check-mssql fuzz \
+.PHONY: all www units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-browser check-faults soak check-mssql fuzz \
         fuzz-coverage fuzzers lint format manuals \
         install uninstall clean help

@@ -140,10 +140,10 @@ check-e2e: all www ## The whole thing through a real nginx; T='-k name' chooses 
 	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
 
 # The fixtures are those of tests/e2e; node's own lines are the report.
-check-browser: all www ## The page in Chromium; BROWSER_TESTS='pattern' chooses tests, SCREENSHOTS=dir keeps pictures
+check-browser: all www ## The page and the dashboard in Chromium; T='-k page' and BROWSER_TESTS='pattern' choose tests, SCREENSHOTS=dir keeps pictures
 	@tests/install-packages $(RUN_PACKAGES) $(TEST_PACKAGES) $(BROWSER_PACKAGES)
 	cd tests/browser && { [ -d node_modules/playwright-core ] || npm ci --loglevel=error --no-audit --no-fund; }
-	BUILD=$(BUILD) PYTHONPATH=tests/e2e $(PYTEST) -s tests/browser
+	BUILD=$(BUILD) PYTHONPATH=tests/e2e $(PYTEST) -s tests/browser $(T)
 
 check-faults: all ## The fault matrix: kills, outages, full disks, broken networks (tests/README.md); T chooses
 	BUILD=$(BUILD) $(PYTEST) tests/faults $(T)

@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import fs from "node:fs";
 import {after, afterEach, before, beforeEach, describe, test} from "node:test";
-import {closeBrowser, ctl, emulator, eventually, fits, isAccessible, LOOKS, newCompany, openBrowser, picture, sample, scratch,
+import {closeBrowser, ctl, emulator, eventually, fits, isAccessible, LOOKS, newCompany, openBrowser, picture, sample, saved, scratch,
     stacks, withPage} from "./support.mjs";
 
 const FAILED = "Failed to process invoice";
@@ -48,13 +48,6 @@ function requests(page) {
         if (request.url().endsWith("/extract")) seen.push(request.headers());
     });
     return seen;
-}
-
-async function saved(page, action) {
-    const [download] = await Promise.all([page.waitForEvent("download"), action()]);
-    const where = scratch(`download-${Math.random()}`);
-    await download.saveAs(where);
-    return {name: download.suggestedFilename(), text: fs.readFileSync(where, "utf8")};
 }
 
 const pasted = (page) => page.evaluate(() => navigator.clipboard.readText());
@@ -178,6 +171,7 @@ describe("an upload", () => {
         await page.locator("#start").dblclick();
         await emulator.wait({held: 1});
         await start(page);
+        assert.equal(await page.locator("#files-error").isVisible(), false);
         await choose(page, PDF); // nor is the same file taken twice
         await page.locator("#files-error").getByText("invoice-de.pdf is in the list already.").waitFor();
         await start(page);

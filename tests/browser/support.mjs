@@ -58,6 +58,14 @@ export async function eventually(probe, what) {
     }
 }
 
+/** The file that an action gives to the user's downloads. */
+export async function saved(page, action) {
+    const [download] = await Promise.all([page.waitForEvent("download"), action()]);
+    const where = scratch(`download-${Math.random()}`);
+    await download.saveAs(where);
+    return {name: download.suggestedFilename(), text: fs.readFileSync(where, "utf8")};
+}
+
 // ---- the browser ----
 
 let browser;
@@ -80,7 +88,7 @@ export const LOOKS = [
 
 /**
  * The page of a stack, seen by test(page), then closed. Whatever the browser complains of fails the test: a policy that
- * was violated, a script's error, a message on the console (but that /extract answered an error: the page is to say so).
+ * was violated, a script's error, a message on the console (but that /extract or /admin/… answered an error: the page is to say so).
  */
 export async function withPage(test, {stack = "open", path: where = "/", look = LOOKS[0], isMobile} = {}) {
     const context = await browser.newContext({
@@ -96,7 +104,7 @@ export async function withPage(test, {stack = "open", path: where = "/", look = 
     const watch = (page) => {
         page.on("pageerror", (error) => complaints.push(`${error.stack}`));
         page.on("console", (message) => {
-            const isAnswer = message.text().startsWith("Failed to load resource") && message.location().url.endsWith("/extract");
+            const isAnswer = message.text().startsWith("Failed to load resource") && /\/(extract|admin\/.*)$/.test(message.location().url);
             if (!isAnswer && ["error", "warning"].includes(message.type())) complaints.push(message.text());
         });
     };

@@ -5,6 +5,7 @@ import {dashboardTexts as texts, number} from "./texts.js";
 import uPlot from "./uplot.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const WHOLE = Array.from({length: 14}, (_, i) => [1, 2, 5].map((step) => step * 10 ** i)).flat();
 const compact = (values) => values.map((value) => (value === null ? "" :
     new Intl.NumberFormat(document.documentElement.lang, {notation: "compact"}).format(value)));
 const short = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
@@ -45,8 +46,8 @@ export function plotDays(days, description) {
         axes: [
             axis({grid: {show: false}, values: (_, ticks) => ticks.map((tick) => new Date(tick * 1000).toISOString().slice(5, 10)),
                 incrs: [1, 2, 3, 7, 14, 30, 90].map((count) => count * 86_400)}),
-            axis({scale: "y", size: 60, values: (_, ticks) => compact(ticks)}),
-            axis({scale: "requests", side: 1, size: 50, grid: {show: false}, values: (_, ticks) => compact(ticks)}),
+            axis({scale: "y", size: 60, incrs: WHOLE, values: (_, ticks) => compact(ticks)}),
+            axis({scale: "requests", side: 1, size: 50, grid: {show: false}, incrs: WHOLE, values: (_, ticks) => compact(ticks)}),
         ],
         series: [
             {label: texts.series.day, value: (_, seconds) => (seconds === null ? "–" : new Date(seconds * 1000).toISOString().slice(0, 10))},
@@ -70,7 +71,7 @@ export function plotBars(bars, description) {
         axes: [
             axis({side: 3, size: Math.min(170, width / 3), stroke: colour("text"), grid: {show: false}, splits: () => data[0],
                 values: (_, splits) => splits.map((i) => short(bars[i]?.name ?? "", width < 500 ? 13 : 22))}),
-            axis({side: 2, values: (_, ticks) => compact(ticks)}),
+            axis({side: 2, space: 70, incrs: WHOLE, values: (_, ticks) => compact(ticks)}),
         ],
         series: [{}, {fill: colour("accent"), stroke: colour("accent"), width: 0, paths: uPlot.paths.bars({size: [0.6, 22]}), points: {show: false}}],
     }, data, place));

@@ -33,7 +33,7 @@ export function table(caption, columns, {rows, next}, {show = {}, more = null} =
         element("td", {class: style.get(column)}, show[column] ? show[column](row) : cell(column, row[column]))))));
     add(rows);
     const head = columns.map((column) => element("th", {scope: "col", class: style.get(column)}, texts.columns[column]));
-    const frame = element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": caption},
+    const frame = element("div", {class: "scroll", tabindex: "0", role: "group", "aria-label": caption},
         element("table", {}, element("caption", {class: "unseen"}, caption), element("thead", {}, element("tr", {}, head)), body));
     if (rows.length === 0) return element("p", {class: "muted"}, texts.nothing);
 

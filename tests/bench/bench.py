@@ -3,6 +3,7 @@
 
     PART=throughput,latency,…   some of it: throughput, mssql, latency, cost, memory, growth
     RUNS=5                      how often each figure is measured; tables show median (lowest to highest)
+    FULL=1                      also measures in each run what else is measured in the first one only
     PYTHON_STACK=no             leaves it out
     PROCESSES=2 THREADS=32      of the pools       BY_PATH=1   uploads by path
     MSSQL_SERVER=host:port MSSQL_USER=… MSSQL_PASSWORD_FILE=…   part mssql, as for make check-mssql
@@ -29,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import probes  # noqa: E402
 from load import Result, Uploads, curl, direct_url, outcome, percentile, wrk  # noqa: E402
 from systems import (BUILD, BY_PATH, COMPANIES, MODEL, PROCESSES, THREADS, Floor, Product, PythonStack, System,  # noqa: E402
-                     Upstream, Wrong, live_server, scratch)
+                     Unsynced, Upstream, Wrong, live_server, scratch)
 from conftest import eventually  # noqa: E402
 
 RUNS = int(os.environ.get("RUNS") or 5)
+FULL = bool(os.environ.get("FULL"))
 WITH_PYTHON = os.environ.get("PYTHON_STACK") != "no"
 KB, MB = 1000, 1000 * 1000
 SIZES = {"10 KB": 10 * KB, "20 KB": 20 * KB, "100 KB": 100 * KB, "200 KB": 200 * KB, "1 MB": MB, "4 MB": 4 * MB, "10 MB": 10 * MB,
@@ -49,6 +51,9 @@ class Bench:
 
     def product(self, **settings: Any) -> Callable[[], Product]:
         return lambda: Product(self.upstream, **settings)
+
+    def unsynced(self) -> Callable[[], Unsynced]:
+        return lambda: Unsynced(self.upstream)
 
     def floor(self, **settings: Any) -> Callable[[], Floor]:
         return lambda: Floor(self.upstream, **settings)
@@ -126,15 +131,34 @@ def running(*makers: Callable[[], System]) -> Iterator[list[Any]]:
 def seconds_for(size: int, clients: int) -> int:
     """Long enough for each client to be answered more than once."""
     if size <= 200 * KB:
-        return 2 if clients == 32 else 1
-    return {4 * MB: 2, 20 * MB: 3}[size] if clients <= 32 else {4 * MB: 3, 20 * MB: 10}[size]
+        return {1: 1, 32: 2, 256: 3}[clients]
+    if size == 4 * MB:
+        return {1: 2, 32: 4, 256: 15}[clients]
+    return {1: 3, 32: 8, 256: 30}[clients]
+
+
+Cell = tuple[str, int, bool, int]  # size, clients, TLS, companies
+
+# Measured in every run; of them those with the Python stack beside.
+EVERY_RUN: list[Cell] = [
+    ("20 KB", 1, False, 1), ("200 KB", 1, False, 1), ("4 MB", 1, False, 1),
+    ("20 KB", 32, False, 1), ("200 KB", 32, False, 1), ("4 MB", 32, False, 1), ("20 MB", 32, False, 1),
+    ("20 KB", 256, False, 1), ("200 KB", 256, False, 1),
+    ("20 KB", 32, False, 16), ("200 KB", 32, False, 16),
+    ("200 KB", 1, True, 1), ("20 KB", 32, True, 1), ("200 KB", 32, True, 1), ("4 MB", 32, True, 1)]
+BESIDE_PYTHON: list[Cell] = [("200 KB", 1, False, 1), ("20 KB", 32, False, 1), ("200 KB", 32, False, 1), ("4 MB", 32, False, 1),
+                             ("20 KB", 32, False, 16), ("200 KB", 32, False, 16), ("20 KB", 32, True, 1), ("200 KB", 32, True, 1)]
+# These take long; in the first run only, unless FULL is set.
+FIRST_RUN: list[Cell] = [
+    ("20 MB", 1, False, 1), ("4 MB", 256, False, 1), ("20 MB", 256, False, 1),
+    ("20 KB", 1, True, 1), ("4 MB", 1, True, 1), ("20 MB", 1, True, 1), ("20 MB", 32, True, 1),
+    ("20 KB", 256, True, 1), ("200 KB", 256, True, 1), ("4 MB", 256, True, 1)]
+# Where fsync is what is waited for: the product once more, with an fsync that does nothing, to show how much it is.
+UNSYNCED: list[Cell] = [("20 KB", 32, False, 1), ("200 KB", 32, False, 1)]
 
 
 def throughput(bench: Bench) -> None:
-    measure_throughput(bench, "the embedded store", None, 10, [
-        (size, clients, tls, companies)
-        for tls in (False, True) for companies in (1, 16) for clients in (1, 32, 256) for size in ("20 KB", "200 KB", "4 MB", "20 MB")
-        if companies == 1 or (clients == 32 and not tls and size in ("20 KB", "200 KB"))])
+    measure_throughput(bench, "the embedded store", None, 10, EVERY_RUN, FIRST_RUN)
 
 
 def mssql(bench: Bench) -> None:
@@ -143,49 +167,50 @@ def mssql(bench: Bench) -> None:
         print("\nmssql: no server (MSSQL_SERVER=host:port MSSQL_USER=… MSSQL_PASSWORD_FILE=…)")
         return
     try:
-        measure_throughput(bench, "a live TDS server", server, 4, [
-            (size, clients, False, companies) for companies in (1, 16) for clients in (1, 32, 256) for size in ("20 KB", "200 KB")
-            if companies == 1 or clients == 32])
+        measure_throughput(bench, "a live TDS server", server, 4, [cell for cell in EVERY_RUN if not cell[2] and "KB" in cell[0]], [])
     finally:
         server.close()
 
 
-def measure_throughput(bench: Bench, store: str, server: Any, aim: float, cells: list[tuple[str, int, bool, int]]) -> None:
-    found: dict[tuple[str, int, bool, int], dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+def measure_throughput(bench: Bench, store: str, server: Any, aim: float, cells: list[Cell], first_run: list[Cell]) -> None:
+    found: dict[Cell, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
         systems: dict[bool, list[System]] = {}
         for tls in sorted({cell[2] for cell in cells}):
-            systems[tls] = stack.enter_context(running(bench.product(tls=tls, sql_server=server), bench.floor(tls=tls),
+            unsynced = [bench.unsynced()] if server is None and not tls else []
+            systems[tls] = stack.enter_context(running(bench.product(tls=tls, sql_server=server), bench.floor(tls=tls), *unsynced,
                                                        *bench.python(tls=tls, sql_server=server)))
             for system in systems[tls]:  # connections, caches
-                bench.load(system, 20 * KB, 32, 1, tls)
+                bench.load(system, 20 * KB, 64, 1, tls)
         for run in range(RUNS):
             say(f"throughput on {store}, run {run + 1} of {RUNS}")
-            for cell in cells:
+            for cell in cells + (first_run if run == 0 or FULL else []):
                 size, clients, tls, companies = cell
                 for system in systems[tls]:
-                    if not system.is_ours and (SIZES[size] * clients > 200 * MB or (tls and clients != 32)):
-                        continue  # it needs GB of memory, or minutes
+                    if (isinstance(system, PythonStack) and cell not in BESIDE_PYTHON
+                            or isinstance(system, Unsynced) and cell not in UNSYNCED):
+                        continue
                     found[cell][system.name].append(
                         bench.load(system, SIZES[size], clients, seconds_for(SIZES[size], clients), tls, companies))
             bench.audit(*(system for made in systems.values() for system in made))
 
-    def ratios(cell: tuple[str, int, bool, int], other: str) -> list[float]:
-        return [a.rate / b.rate for a, b in zip(found[cell]["product"], found[cell][other]) if b.requests]
+    def ratios(cell: Cell, other: str, name: str = "product") -> list[float]:
+        return [a.rate / b.rate for a, b in zip(found[cell][name], found[cell][other]) if b.requests]
 
     rows = []
-    for cell in cells:
+    for cell in sorted(found, key=lambda cell: (cell[2], cell[3], cell[1], SIZES[cell[0]])):
         size, clients, tls, companies = cell
         row = [size, str(clients), "TLS" if tls else "plain", str(companies)]
         for name in ("product", "floor", "python stack"):
             results = found[cell][name]
             row += [spread([r.rate for r in results]),
-                    " / ".join(number(statistics.median(r_) * 1000) for r_ in ([r.p50 for r in results], [r.p99 for r in results]) if r_)]
-        rows.append([*row, spread(ratios(cell, "floor")), spread(ratios(cell, "python stack"))])
+                    " / ".join(number(statistics.median(times) * 1000) for times in ([r.p50 for r in results], [r.p99 for r in results])
+                               if times)]
+        rows.append([*row, spread(ratios(cell, "floor")), spread(ratios(cell, "floor", Unsynced.name)), spread(ratios(cell, "python stack"))])
     table(f"Throughput on {store}: requests/s, and p50 / p99 in ms; {PROCESSES} processes of {THREADS} threads"
           + (", uploads by path" if BY_PATH else ""),
-          ["upload", "clients", "wire", "companies", "product", "ms", "floor", "ms", "python stack", "ms", "of the floor", "times python"],
-          rows)
+          ["upload", "clients", "wire", "companies", "product", "ms", "floor", "ms", "python stack", "ms", "of the floor",
+           "... without fsync", "times python"], rows)
     for size in ("20 KB", "200 KB", "4 MB", "20 MB"):
         cell = (size, 32, False, 1)
         if values := ratios(cell, "python stack"):
@@ -204,12 +229,11 @@ def latency(bench: Bench) -> None:
     """One client, 200 KB, beside the same call made directly, all by curl on one connection."""
     size = 200 * KB
     counts, counting = probes.counted(BUILD / "tests/bench/count_io.so", bench.dir)
-    eatmydata = {"LD_PRELOAD": "libeatmydata.so"}
     call = bench.uploads.call(size)
     url = direct_url(bench.upstream, MODEL)
     found: dict[str, list[list[float]]] = defaultdict(list)
     fsyncs, fsync_ms, disk = [], [], []
-    makers = [bench.product(), bench.product(env=eatmydata), bench.product(env=counting), bench.floor()]
+    makers = [bench.product(), bench.unsynced(), bench.product(env=counting), bench.floor()]
     with running(*makers, *bench.python()) as systems:
         product, unsynced, counted, *others = systems
         for system in systems:
@@ -219,7 +243,7 @@ def latency(bench: Bench) -> None:
             found["direct"].append(curl(url, "application/json", call, 500))
             found["product"].append(curl(product.url(False), *bench.uploads.of(size), 500))
             found["direct again"].append(curl(url, "application/json", call, 500))
-            found["product, fsync does nothing"].append(curl(unsynced.url(False), *bench.uploads.of(size), 500))
+            found[Unsynced.name].append(curl(unsynced.url(False), *bench.uploads.of(size), 500))
             before = probes.Counts.of(counts)
             curl(counted.url(False), *bench.uploads.of(size), 200)
             counted.quiet()
@@ -241,7 +265,7 @@ def latency(bench: Bench) -> None:
             spread(ms(name, 99, True)) if name != "direct" else ""] for name in found],
           f"fsyncs: {spread(fsyncs)} a request, {spread(fsync_ms)} ms each (some after the answer); a durable page on this disk, alone: "
           f"{spread(disk)} ms")
-    name = "product, fsync does nothing"
+    name = Unsynced.name
     bench.target("added latency, one client, 200 KB, p50, beside fsync", "at most 1.5 ms", ms(name, 50, True), lambda v: v <= 1.5, "ms")
     bench.target("added latency, one client, 200 KB, p99, beside fsync", "at most 5 ms", ms(name, 99, True), lambda v: v <= 5, "ms")
     bench.targets.append(("of it with fsync: p50; p99", "shown", f"{spread(ms('product', 50, True))}; "
@@ -468,7 +492,7 @@ def grow_tokens(bench: Bench) -> None:
         for run in range(RUNS):
             say(f"growth with tokens, run {run + 1} of {RUNS}")
             for company, name in zip(COMPANIES, counts):
-                result = outcome(wrk(product.url(False), 32, 2, [bench.uploads.of(20 * KB, company)]))
+                result = outcome(wrk(product.url(False), 32, 1, [bench.uploads.of(20 * KB, company)]))
                 product.quiet()
                 if result.failed:
                     bench.faults.append(f"growth: {result.failed} requests failed with {name} tokens")
@@ -488,7 +512,7 @@ def grow_rows(bench: Bench) -> None:
         for run in range(RUNS):
             say(f"growth with usage rows, run {run + 1} of {RUNS}")
             for system, name in zip(systems, counts, strict=True):
-                points[name].append(bench.load(system, 20 * KB, 32, 2).rate)
+                points[name].append(bench.load(system, 20 * KB, 32, 1).rate)
         bench.audit(*systems)
     flat(bench, "usage rows", "rows", points)
 
@@ -500,7 +524,7 @@ def grow_companies(bench: Bench) -> None:
         for run in range(RUNS):
             say(f"growth with companies, run {run + 1} of {RUNS}")
             for name, values in points.items():
-                values.append(bench.load(product, 20 * KB, 32, 2, companies=int(name)).rate)
+                values.append(bench.load(product, 20 * KB, 32, 1, companies=int(name)).rate)
             bench.audit(product)
     flat(bench, "companies, a token each", "companies", points)
 
@@ -513,7 +537,7 @@ def grow_processes(bench: Bench) -> None:
         for run in range(RUNS):
             say(f"growth with processes, run {run + 1} of {RUNS}")
             for system, n in each:
-                rates[system.name, n].append(bench.load(system, 20 * KB, 32, 2).rate)
+                rates[system.name, n].append(bench.load(system, 20 * KB, 32, 1).rate)
             bench.audit(*systems)
     table("Growth with processes of 32 threads, 32 clients, 20 KB, requests/s", ["processes", "product", "floor", "of the floor"],
           [[str(n), spread(rates["product", n]), spread(rates["floor", n]),
@@ -524,9 +548,10 @@ def grow_processes(bench: Bench) -> None:
 
 PARTS: dict[str, Callable[[Bench], None]] = {"throughput": throughput, "mssql": mssql, "latency": latency, "cost": cost,
                                              "memory": memory, "growth": growth,
-                                             # pieces of growth, for those who look at one
+                                             # pieces, for those who look at one
                                              "bytes": grow_bytes, "tokens": grow_tokens, "rows": grow_rows,
-                                             "companies": grow_companies, "processes": grow_processes}
+                                             "companies": grow_companies, "processes": grow_processes,
+                                             "instructions": count_instructions, "copies": count_copies}
 
 
 def machine() -> str:

@@ -114,7 +114,7 @@ def system_calls(pids: list[int], directory: Path) -> Iterator[Counter[str]]:
 
 def callgrind(directory: Path) -> tuple[str, ...]:
     """What runs a program under callgrind; instructions() reads what it writes."""
-    return ("valgrind", "--tool=callgrind", "-q", f"--callgrind-out-file={directory}/callgrind.%p")
+    return ("/usr/bin/valgrind", "--tool=callgrind", "-q", f"--callgrind-out-file={directory}/callgrind.%p")
 
 
 def instructions(pid: int, directory: Path, top: int = 12) -> tuple[int, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ MODEL = "gemini-3.5-flash"
 STARTERS = ("spawn-fcgi", "multiwatch", "strace", "valgrind")
 BY_PATH = bool(os.environ.get("BY_PATH"))  # uploads as files by their path, instead of through the socket
 COMPANIES = [f"C{n:02}" for n in range(1, 33)]
-conftest.PATIENCE = 300.0  # with 256 uploads of 20 MB at once much may wait
+conftest.PATIENCE = 100.0  # with 256 uploads of 20 MB at once much may wait
 
 
 class Upstream:
@@ -82,7 +83,7 @@ class System:
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
-        self.who = f"{self.name.replace(' ', '-')}-{uuid.uuid4().hex[:6]}"
+        self.who = re.sub(r"[^a-z]+", "-", self.name) + "-" + uuid.uuid4().hex[:6]
 
     def calls(self) -> dict[str, int]:
         return self.upstream.counts(self.who)
@@ -231,6 +232,15 @@ class Product(Pool):
             rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
             inodes |= {f"socket:[{row[9]}]" for row in rows if row[2].endswith(port) and row[3] == "01"}
         return sum(link in inodes for link in links)
+
+
+class Unsynced(Product):
+    """With an fsync that does nothing."""
+
+    name = "product, fsync does nothing"
+
+    def __init__(self, upstream: Upstream) -> None:
+        super().__init__(upstream, env={"LD_PRELOAD": "libeatmydata.so"})
 
 
 class Floor(Pool):

@@ -28,8 +28,8 @@ __attribute__((constructor)) static void map_counts(void)
 {
     const char *path = getenv("BENCH_COUNTS");
     int fd = path == NULL ? -1 : open(path, O_RDWR | O_CLOEXEC);
-    void *map = fd < 0 ? MAP_FAILED
-                       : mmap(NULL, sizeof *counts, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *map =
+        fd < 0 ? MAP_FAILED : mmap(NULL, sizeof *counts, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 
     if (map != MAP_FAILED)
         counts = map;
@@ -96,15 +96,15 @@ void *__memmove_chk(void *to, const void *from, size_t n, size_t room)
 
 #define NEXT(name) (__extension__(__typeof__(&name)) dlsym(RTLD_NEXT, #name))
 
-#define COUNTED(type, name, parameters, arguments, bytes, calls)                                   \
-    type name parameters                                                                           \
-    {                                                                                              \
-        static __typeof__(&name) next;                                                             \
-        if (next == NULL)                                                                          \
-            next = NEXT(name);                                                                     \
-        type crossed = next arguments;                                                             \
-        add(&counts->bytes, crossed, &counts->calls);                                              \
-        return crossed;                                                                            \
+#define COUNTED(type, name, parameters, arguments, bytes, calls) \
+    type name parameters                                         \
+    {                                                            \
+        static __typeof__(&name) next;                           \
+        if (next == NULL)                                        \
+            next = NEXT(name);                                   \
+        type crossed = next arguments;                           \
+        add(&counts->bytes, crossed, &counts->calls);            \
+        return crossed;                                          \
     }
 
 COUNTED(ssize_t, read, (int fd, void *p, size_t n), (fd, p, n), in, reads)
@@ -113,7 +113,8 @@ COUNTED(ssize_t, recv, (int fd, void *p, size_t n, int f), (fd, p, n, f), in, re
 COUNTED(ssize_t, recvmsg, (int fd, struct msghdr *m, int f), (fd, m, f), in, reads)
 COUNTED(ssize_t, readv, (int fd, const struct iovec *v, int n), (fd, v, n), in, reads)
 COUNTED(ssize_t, write, (int fd, const void *p, size_t n), (fd, p, n), out, writes)
-COUNTED(ssize_t, pwrite64, (int fd, const void *p, size_t n, off64_t at), (fd, p, n, at), out, writes)
+COUNTED(ssize_t, pwrite64, (int fd, const void *p, size_t n, off64_t at), (fd, p, n, at), out,
+        writes)
 COUNTED(ssize_t, send, (int fd, const void *p, size_t n, int f), (fd, p, n, f), out, writes)
 COUNTED(ssize_t, sendmsg, (int fd, const struct msghdr *m, int f), (fd, m, f), out, writes)
 COUNTED(ssize_t, writev, (int fd, const struct iovec *v, int n), (fd, v, n), out, writes)
@@ -127,16 +128,16 @@ static int64_t now_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-#define TIMED(name)                                                                                \
-    int name(int fd)                                                                               \
-    {                                                                                              \
-        static __typeof__(&name) next;                                                             \
-        if (next == NULL)                                                                          \
-            next = NEXT(name);                                                                     \
-        int64_t begun = now_ns();                                                                  \
-        int result = next(fd);                                                                     \
-        add(&counts->fsync_ns, now_ns() - begun, &counts->fsyncs);                                 \
-        return result;                                                                             \
+#define TIMED(name)                                                \
+    int name(int fd)                                               \
+    {                                                              \
+        static __typeof__(&name) next;                             \
+        if (next == NULL)                                          \
+            next = NEXT(name);                                     \
+        int64_t begun = now_ns();                                  \
+        int result = next(fd);                                     \
+        add(&counts->fsync_ns, now_ns() - begun, &counts->fsyncs); \
+        return result;                                             \
     }
 
 TIMED(fsync)

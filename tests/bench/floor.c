@@ -21,8 +21,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-static const char head[] = "{\"contents\":[{\"role\":\"user\",\"parts\":[{\"inlineData\":{\"mimeType\":"
-                           "\"application/pdf\",\"data\":\"";
+static const char head[] =
+    "{\"contents\":[{\"role\":\"user\",\"parts\":[{\"inlineData\":{\"mimeType\":"
+    "\"application/pdf\",\"data\":\"";
 static const char tail[] = "\"}},{\"text\":\"Extract the invoice.\"}]}]}";
 
 struct body {
@@ -78,9 +79,11 @@ static size_t write_answer(char *data, size_t size, size_t count, void *context)
 static void find_file(const char *data, size_t len, const char *type, struct body *body)
 {
     const char *boundary = strstr(type, "boundary=");
-    size_t closing = boundary == NULL ? 0 : strlen(boundary + 9) + 8; /* CR LF -- boundary -- CR LF */
+    size_t closing =
+        boundary == NULL ? 0 : strlen(boundary + 9) + 8; /* CR LF -- boundary -- CR LF */
     const char *name = memmem(data, len < 4096 ? len : 4096, "name=\"file\"", 11);
-    const char *begin = name == NULL ? NULL : memmem(name, len - (size_t)(name - data), "\r\n\r\n", 4);
+    const char *begin =
+        name == NULL ? NULL : memmem(name, len - (size_t)(name - data), "\r\n\r\n", 4);
 
     if (begin == NULL || (size_t)(data + len - begin) < closing + 4)
         return;

@@ -361,9 +361,11 @@ def count_instructions(bench: Bench) -> None:
                 probes.instructions(pid, bench.dir)
                 curl(system.url(False), *bench.uploads.of(SIZES[size]), times)
                 system.quiet()
-                total, top = probes.instructions(pid, bench.dir)
+                total, top, own = probes.instructions(pid, bench.dir)
                 rows.append([system.name, size, number(total / times / 1000)])
-                functions.append((f"{system.name}, {size}", top))
+                functions.append((f"{system.name}, {size}, in the function itself", top))
+                if system.name == "product":
+                    functions.append((f"{system.name}, {size}, with what it calls", own))
             bench.audit(system)
     table("Instructions of a request in user space (callgrind, one client), thousands", ["", "upload", "instructions"], rows)
     for title, top in functions:

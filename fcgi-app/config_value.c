@@ -134,6 +134,18 @@ static enum err_code refuse_word(const struct value_type *type, const char *text
     return err_set(err, ERR_CONFIG, "\"%s\" is not one of %s", value_show(text).text, list);
 }
 
+const char *value_range(const struct value_type *type, char out[VALUE_RANGE_SIZE])
+{
+    char min[32];
+    char max[32];
+
+    if (type->kind > VALUE_REAL)
+        return "";
+    snprintf(out, VALUE_RANGE_SIZE, "from %s to %s", format_number(type, type->min, min),
+             format_number(type, type->max, max));
+    return out;
+}
+
 /* "\"x\" is not a whole number from 1 to 1024" */
 static enum err_code refuse_number(const struct value_type *type, const char *text, struct err *err)
 {
@@ -143,12 +155,10 @@ static enum err_code refuse_number(const struct value_type *type, const char *te
         [VALUE_DURATION] = "a duration like 10s, 500ms or 2m,",
         [VALUE_REAL] = "a number",
     };
-    char min[32];
-    char max[32];
+    char range[VALUE_RANGE_SIZE];
 
-    return err_set(err, ERR_CONFIG, "\"%s\" is not %s from %s to %s", value_show(text).text,
-                   names[type->kind], format_number(type, type->min, min),
-                   format_number(type, type->max, max));
+    return err_set(err, ERR_CONFIG, "\"%s\" is not %s %s", value_show(text).text, names[type->kind],
+                   value_range(type, range));
 }
 
 /* What no value of any kind may be. */

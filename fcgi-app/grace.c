@@ -4,24 +4,20 @@
  * clock was set back) does not count. */
 #include "grace.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
 #include <pthread.h>
-#include <sqlite3.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "clock.h"
 #include "log.h"
+#include "state_db.h"
 
 #define BUSY_MS 1000
 
 struct grace {
     pthread_mutex_t lock; /* one connection */
-    sqlite3 *db;          /* NULL: none is kept */
+    struct state_db file; /* without a database: none is kept */
     int64_t grace_ms;
     bool complained;
 };
@@ -33,35 +29,6 @@ static const char setup[] =
     " KeyHash TEXT PRIMARY KEY, ClientKeyID TEXT NOT NULL, CompanyID TEXT NOT NULL,"
     " IsAdmin INTEGER NOT NULL, ConfirmedAt INTEGER NOT NULL) WITHOUT ROWID;";
 
-/* The file, with its mode, which SQLite's -wal and -shm inherit. */
-static enum err_code create_file(const char *path, struct err *err)
-{
-    int fd = open(path, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
-
-    if (fd < 0 && errno != EEXIST)
-        return err_set(err, errno == ENOSPC ? ERR_STORAGE_FULL : ERR_CONFIG,
-                       "server.state_dir: cannot create %s: %s", path, strerror(errno));
-    if (fd >= 0)
-        close(fd);
-    return ERR_NONE;
-}
-
-static enum err_code open_database(struct grace *grace, const char *state_dir, struct err *err)
-{
-    char path[PATH_MAX];
-
-    if (snprintf(path, sizeof path, "%s/clients.db", state_dir) >= (int)sizeof path)
-        return err_set(err, ERR_CONFIG, "server.state_dir is too long");
-    if (create_file(path, err) != ERR_NONE)
-        return err->code;
-    if (sqlite3_open_v2(path, &grace->db, SQLITE_OPEN_READWRITE, NULL) != SQLITE_OK ||
-        sqlite3_busy_timeout(grace->db, BUSY_MS) != SQLITE_OK ||
-        sqlite3_exec(grace->db, setup, NULL, NULL, NULL) != SQLITE_OK)
-        return err_set(err, ERR_CONFIG, "server.state_dir: cannot use %s: %s", path,
-                       sqlite3_errmsg(grace->db));
-    return ERR_NONE;
-}
-
 struct grace *grace_open(const char *state_dir, int64_t grace_ms, struct err *err)
 {
     struct grace *grace = calloc(1, sizeof *grace);
@@ -72,7 +39,9 @@ struct grace *grace_open(const char *state_dir, int64_t grace_ms, struct err *er
     }
     pthread_mutex_init(&grace->lock, NULL);
     grace->grace_ms = grace_ms;
-    if (grace_ms > 0 && open_database(grace, state_dir, err) != ERR_NONE) {
+    grace->file.directory = -1;
+    if (grace_ms > 0 &&
+        state_db_open(&grace->file, state_dir, "clients.db", setup, BUSY_MS, err) != ERR_NONE) {
         grace_close(grace);
         return NULL;
     }
@@ -83,7 +52,7 @@ void grace_close(struct grace *grace)
 {
     if (grace == NULL)
         return;
-    sqlite3_close(grace->db);
+    state_db_close(&grace->file);
     pthread_mutex_destroy(&grace->lock);
     free(grace);
 }
@@ -95,7 +64,7 @@ static sqlite3_stmt *prepare(struct grace *grace, const char *sql, const char *h
 {
     sqlite3_stmt *statement = NULL;
 
-    sqlite3_prepare_v2(grace->db, sql, -1, &statement, NULL);
+    sqlite3_prepare_v2(grace->file.db, sql, -1, &statement, NULL);
     sqlite3_bind_text(statement, 1, hash, -1, SQLITE_STATIC);
     sqlite3_bind_int64(statement, 2, clock_wall_ms());
     sqlite3_bind_int64(statement, 3, grace->grace_ms);
@@ -108,7 +77,7 @@ static void finish(struct grace *grace, sqlite3_stmt *take_statement)
         grace->complained = false;
     else if (!grace->complained) {
         grace->complained = true;
-        log_warning(NULL, sqlite3_errmsg(grace->db),
+        log_warning(NULL, sqlite3_errmsg(grace->file.db),
                     "client keys that the store has confirmed cannot be kept for its next outage");
     }
     sqlite3_finalize(take_statement);
@@ -125,7 +94,7 @@ void grace_remember(struct grace *grace, const char *hash, const struct store_cl
         " ON CONFLICT (KeyHash) DO UPDATE"
         " SET ConfirmedAt = ?2, ClientKeyID = ?4, CompanyID = ?5, IsAdmin = ?6";
 
-    if (grace->db == NULL)
+    if (grace->file.db == NULL)
         return;
     pthread_mutex_lock(&grace->lock);
     finish(grace, prepare(grace, sql_old, hash));
@@ -139,7 +108,7 @@ void grace_remember(struct grace *grace, const char *hash, const struct store_cl
 
 void grace_forget(struct grace *grace, const char *hash)
 {
-    if (grace->db == NULL)
+    if (grace->file.db == NULL)
         return;
     pthread_mutex_lock(&grace->lock);
     finish(grace, prepare(grace, "DELETE FROM ConfirmedKeys WHERE KeyHash = ?1", hash));
@@ -151,7 +120,7 @@ bool grace_find(struct grace *grace, const char *hash, struct store_client_key *
     static const char sql[] = "SELECT ClientKeyID, CompanyID, IsAdmin FROM ConfirmedKeys"
                               " WHERE KeyHash = ?1 AND ConfirmedAt BETWEEN ?2 - ?3 AND ?2";
 
-    if (grace->db == NULL)
+    if (grace->file.db == NULL)
         return false;
     pthread_mutex_lock(&grace->lock);
     sqlite3_stmt *row = prepare(grace, sql, hash);

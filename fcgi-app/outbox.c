@@ -4,14 +4,11 @@
  * OutboxDead: what the store refused for its data or failed at again and again, left for people (to try one again:
  * INSERT INTO Outbox (Kind, RequestID, TokenID, Payload, CreatedAt) SELECT … FROM OutboxDead).
  * OutboxRecords holds log entries and retry attempts, which make room, the oldest first, when they
- * come to more than RECORDS_MAX_BYTES; settlements never do. The directory itself is locked while the
- * file is opened or closed: switching to WAL does not wait for others by itself.
+ * come to more than RECORDS_MAX_BYTES; settlements never do.
  *
  * Here: the file, and what goes in. What goes out: outbox_replay.c. */
 #include "outbox.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <json-c/json.h>
 #include <limits.h>
 #include <pthread.h>
@@ -19,9 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include "clock.h"
 #include "outbox_entry.h"
@@ -34,7 +29,8 @@
 
 /* Kind: settlement or reservation; of a record: log or attempt. CreatedAt: milliseconds since 1970-01-01 UTC. AUTOINCREMENT: the
  * order must survive deletions. */
-static const char schema[] =
+static const char setup[] =
+    "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
     "CREATE TABLE IF NOT EXISTS Outbox ("
     " Seq INTEGER PRIMARY KEY AUTOINCREMENT, Kind TEXT NOT NULL, RequestID TEXT NOT NULL,"
     " TokenID INTEGER, Payload TEXT NOT NULL, CreatedAt INTEGER NOT NULL,"
@@ -53,117 +49,17 @@ static const char schema[] =
 
 /* ---- opening ---- */
 
-/* Is there no room, rather than no right? */
-static bool is_full(int rc)
-{
-    return (rc & 0xff) == SQLITE_FULL || (rc & 0xff) == SQLITE_IOERR ||
-           (rc & 0xff) == SQLITE_NOMEM || (rc & 0xff) == SQLITE_BUSY;
-}
-
-static enum err_code open_error(struct outbox *outbox, const char *state_dir, struct err *err)
-{
-    bool full = is_full(sqlite3_errcode(outbox->db));
-
-    return err_set(err, full ? ERR_STORAGE_FULL : ERR_CONFIG,
-                   "server.state_dir: cannot use %s/outbox.db: %s", state_dir,
-                   sqlite3_errmsg(outbox->db));
-}
-
-/* Root, who sets a host up, leaves files that the service can use. */
-static int give_to_directory_owner(int fd, int directory)
-{
-    struct stat st;
-
-    if (geteuid() != 0)
-        return 0;
-    return fstat(directory, &st) != 0 ? -1 : fchown(fd, st.st_uid, st.st_gid);
-}
-
-/* Creates the file with its mode, which SQLite's -wal and -shm inherit. One that exists is not
- * opened: closing it again would drop the locks of another connection of this process (fcntl(2)). */
-static enum err_code create_file(int directory, const char *state_dir, const char *name,
-                                 struct err *err)
-{
-    enum err_code code = ERR_NONE;
-    int fd = openat(directory, name, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600);
-
-    if (fd < 0 && errno == EEXIST)
-        return ERR_NONE;
-    if (fd < 0 || give_to_directory_owner(fd, directory) != 0 ||
-        fsync(directory) != 0) /* the name must survive a power cut as well */
-        code =
-            err_set(err, errno == ENOSPC || errno == EDQUOT ? ERR_STORAGE_FULL : ERR_CONFIG,
-                    "server.state_dir: cannot create %s/%s: %s", state_dir, name, strerror(errno));
-    if (fd >= 0)
-        close(fd);
-    return code;
-}
-
-static enum err_code open_database(struct outbox *outbox, const char *state_dir, struct err *err)
-{
-    static const char setup[] = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;";
-    char path[PATH_MAX];
-
-    if (snprintf(path, sizeof path, "%s/outbox.db", state_dir) >= (int)sizeof path)
-        return err_set(err, ERR_CONFIG, "server.state_dir is too long");
-    if (sqlite3_open_v2(path, &outbox->db, SQLITE_OPEN_READWRITE, NULL) != SQLITE_OK)
-        return open_error(outbox, state_dir, err);
-    sqlite3_busy_timeout(outbox->db, BUSY_MS);
-    if (sqlite3_db_readonly(outbox->db, "main") != 0)
-        return err_set(err, ERR_CONFIG, "server.state_dir: %s is not writable", path);
-    if (sqlite3_exec(outbox->db, setup, NULL, NULL, NULL) != SQLITE_OK ||
-        sqlite3_exec(outbox->db, schema, NULL, NULL, NULL) != SQLITE_OK)
-        return open_error(outbox, state_dir, err);
-    return ERR_NONE;
-}
-
-static int flock_wait(int fd, int operation)
-{
-    int rc;
-
-    do
-        rc = flock(fd, operation);
-    while (rc != 0 && errno == EINTR);
-    return rc;
-}
-
-static enum err_code open_locked(struct outbox *outbox, const char *state_dir, struct err *err)
-{
-    if (flock_wait(outbox->directory, LOCK_EX) != 0)
-        return err_set(err, ERR_CONFIG, "server.state_dir: cannot lock %s: %s", state_dir,
-                       strerror(errno));
-    enum err_code code = create_file(outbox->directory, state_dir, "outbox.lock", err);
-    if (code == ERR_NONE)
-        code = create_file(outbox->directory, state_dir, "outbox.db", err);
-    if (code == ERR_NONE)
-        code = open_database(outbox, state_dir, err);
-    flock_wait(outbox->directory, LOCK_UN);
-    return code;
-}
-
 struct outbox *outbox_open(const char *state_dir, struct err *err)
 {
-    struct outbox *outbox = NULL;
-    int directory;
+    struct outbox *outbox = calloc(1, sizeof *outbox);
 
-    if (state_dir[0] == '\0') {
-        err_set(err, ERR_CONFIG, "server.state_dir is not set");
-        return NULL;
-    }
-    directory = open(state_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (directory < 0) {
-        err_set(err, ERR_CONFIG, "server.state_dir: %s: %s", state_dir, strerror(errno));
-        return NULL;
-    }
-    outbox = calloc(1, sizeof *outbox);
     if (outbox == NULL) {
-        close(directory);
         err_set(err, ERR_STORAGE_FULL, "no memory for the outbox");
         return NULL;
     }
-    outbox->directory = directory;
     pthread_mutex_init(&outbox->lock, NULL);
-    if (open_locked(outbox, state_dir, err) != ERR_NONE) {
+    if (state_db_open(&outbox->file, state_dir, "outbox.db", setup, BUSY_MS, err) != ERR_NONE ||
+        state_db_create_file(&outbox->file, "outbox.lock", err) != ERR_NONE) {
         outbox_close(outbox);
         return NULL;
     }
@@ -174,9 +70,7 @@ void outbox_close(struct outbox *outbox)
 {
     if (outbox == NULL)
         return;
-    flock_wait(outbox->directory, LOCK_EX);
-    sqlite3_close(outbox->db);
-    close(outbox->directory);
+    state_db_close(&outbox->file);
     pthread_mutex_destroy(&outbox->lock);
     free(outbox);
 }
@@ -195,14 +89,14 @@ bool outbox_exists(const char *state_dir)
 
 enum err_code outbox_sql_error(struct outbox *outbox, struct err *err)
 {
-    return err_set(err, ERR_STORAGE_FULL, "outbox: %s", sqlite3_errmsg(outbox->db));
+    return err_set(err, ERR_STORAGE_FULL, "outbox: %s", sqlite3_errmsg(outbox->file.db));
 }
 
 sqlite3_stmt *outbox_prepare(struct outbox *outbox, const char *sql)
 {
     sqlite3_stmt *statement = NULL;
 
-    if (sqlite3_prepare_v2(outbox->db, sql, -1, &statement, NULL) != SQLITE_OK)
+    if (sqlite3_prepare_v2(outbox->file.db, sql, -1, &statement, NULL) != SQLITE_OK)
         return NULL; /* finalizing, binding and stepping NULL are all harmless (SQLITE_MISUSE) */
     return statement;
 }
@@ -336,7 +230,7 @@ enum err_code outbox_append_reservation(struct outbox *outbox,
         if (code == ERR_NONE)
             code = outbox_execute(outbox, "COMMIT", 0, NULL, err);
         if (code != ERR_NONE)
-            (void)sqlite3_exec(outbox->db, "ROLLBACK", NULL, NULL, NULL);
+            (void)sqlite3_exec(outbox->file.db, "ROLLBACK", NULL, NULL, NULL);
     }
     pthread_mutex_unlock(&outbox->lock);
     buf_reset(&payload);
@@ -449,7 +343,7 @@ static enum err_code make_room(struct outbox *outbox, int64_t *dropped, struct e
                               "DELETE FROM OutboxRecords WHERE Seq IN (SELECT Seq FROM "
                               "OutboxRecords ORDER BY Seq LIMIT " RECORDS_AT_ONCE ")",
                               0, NULL, err);
-        *dropped += sqlite3_changes(outbox->db);
+        *dropped += sqlite3_changes(outbox->file.db);
         if (code == ERR_NONE)
             code = sum_bytes(outbox, &bytes, err);
     }
@@ -471,7 +365,7 @@ enum err_code outbox_append_records(struct outbox *outbox, struct log_entry *con
         if (code == ERR_NONE)
             code = outbox_execute(outbox, "COMMIT", 0, NULL, err);
         if (code != ERR_NONE)
-            (void)sqlite3_exec(outbox->db, "ROLLBACK", NULL, NULL, NULL);
+            (void)sqlite3_exec(outbox->file.db, "ROLLBACK", NULL, NULL, NULL);
     }
     pthread_mutex_unlock(&outbox->lock);
     return code;

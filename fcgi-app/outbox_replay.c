@@ -142,7 +142,7 @@ static enum err_code bury(struct outbox *outbox, int64_t seq, const char *reason
     if (code == ERR_NONE)
         code = outbox_execute(outbox, "COMMIT", 0, NULL, err);
     if (code != ERR_NONE)
-        sqlite3_exec(outbox->db, "ROLLBACK", NULL, NULL, NULL);
+        sqlite3_exec(outbox->file.db, "ROLLBACK", NULL, NULL, NULL);
     return code;
 }
 
@@ -349,7 +349,7 @@ static enum err_code lock_replay(struct outbox *outbox, int *fd, struct err *err
 {
     enum err_code code = ERR_NONE;
 
-    *fd = openat(outbox->directory, "outbox.lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    *fd = openat(outbox->file.directory, "outbox.lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (*fd >= 0 && flock(*fd, LOCK_EX | LOCK_NB) == 0)
         return ERR_NONE;
     if (*fd < 0 || errno != EWOULDBLOCK)

@@ -97,39 +97,20 @@ static enum err_code check_version(struct store_sqlite *store, bool may_set_up, 
     return code;
 }
 
-enum err_code sqlite_check_schema(struct store_sqlite *store, int64_t deadline_ms, struct err *err)
+enum err_code sqlite_prepare_schema(struct store_sqlite *store, bool may_set_up,
+                                    int64_t deadline_ms, struct err *err)
 {
     int version = 0;
-    enum err_code code = check_version(store, false, &version, err);
+    enum err_code code = check_version(store, may_set_up, &version, err);
 
     if (code == ERR_NONE)
         code = use_wal(&store->writer, deadline_ms, err);
+    if (code == ERR_NONE && version < SCHEMA_VERSION)
+        code = set_up(&store->writer, err);
     if (code == ERR_NONE) /* once more: reading opens the log */
         code = check_version(store, false, &version, err);
-    return code;
-}
-
-/* Brings the schema to the version that this program works with, where it may. Under the host's
- * lock: of ten processes that start at once, one does it and nine find it done. */
-static enum err_code ensure_schema(struct store_sqlite *store, bool may_set_up, struct err *err)
-{
-    int64_t deadline_ms = clock_monotonic_ms() + store->timeout_ms;
-    int major = 0;
-    enum err_code code = sqlite_host_lock(store, deadline_ms, err);
-
-    if (code != ERR_NONE)
-        return code;
-    code = check_version(store, may_set_up, &store->version, err);
     if (code == ERR_NONE)
-        code = use_wal(&store->writer, deadline_ms, err);
-    if (code == ERR_NONE && store->version < SCHEMA_VERSION) {
-        code = set_up(&store->writer, err);
-        if (code == ERR_NONE)
-            code = read_version(&store->writer, &store->version, &major, err);
-    }
-    if (code == ERR_NONE)
-        sqlite_remember_log(store);
-    sqlite_host_unlock(store);
+        atomic_store(&store->version, version);
     return code;
 }
 
@@ -141,11 +122,9 @@ static void store_sqlite_close(void *self)
 
     if (store == NULL)
         return;
-    for (int i = 0; i < store->readers_open; i++) {
-        sqlite_disconnect(&store->readers[i].db);
+    sqlite_leave(store);
+    for (int i = 0; i < SQLITE_READERS; i++)
         pthread_mutex_destroy(&store->readers[i].mutex);
-    }
-    sqlite_disconnect(&store->writer);
     pthread_mutex_destroy(&store->writer_mutex);
     if (store->lock_fd >= 0)
         close(store->lock_fd);
@@ -181,25 +160,20 @@ static enum err_code open_files(struct store_sqlite *store, const char *path, bo
     return code;
 }
 
-enum err_code sqlite_connect_reader(struct store_sqlite *store, struct sqlite_db *db,
-                                    struct err *err)
+/* Under the host's lock: of ten processes that start at once, one sets the schema up and nine find it
+ * done. */
+static enum err_code open_database(struct store_sqlite *store, bool may_set_up, struct err *err)
 {
-    enum err_code code =
-        sqlite_connect(db, store->path, store->writer.file, store->timeout_ms, err);
+    int64_t deadline_ms = clock_monotonic_ms() + store->timeout_ms;
+    struct sqlite_file file = {0};
+    enum err_code code = sqlite_host_lock(store, deadline_ms, err);
 
-    return code == ERR_NONE ? sqlite_exec(db, "PRAGMA query_only = ON", err) : code;
-}
-
-static enum err_code open_readers(struct store_sqlite *store, struct err *err)
-{
-    enum err_code code = ERR_NONE;
-
-    for (int i = 0; i < SQLITE_READERS && code == ERR_NONE; i++) {
-        struct sqlite_reader *reader = &store->readers[i];
-        pthread_mutex_init(&reader->mutex, NULL);
-        store->readers_open++;
-        code = sqlite_connect_reader(store, &reader->db, err);
-    }
+    if (code != ERR_NONE)
+        return code;
+    code = sqlite_file_at(store->path, &file, err);
+    if (code == ERR_NONE)
+        code = sqlite_come_to(store, file, may_set_up, deadline_ms, err);
+    sqlite_host_unlock(store);
     return code;
 }
 
@@ -208,7 +182,6 @@ static void *store_sqlite_open(const struct config *config, bool migrate, struct
     struct store_sqlite *store = calloc(1, sizeof *store);
     const char *path = config->store.path;
     bool may_set_up = migrate || config->store.auto_create;
-    struct sqlite_file file = {0};
     enum err_code code = ERR_NONE;
 
     if (store == NULL || (store->path = strdup(path)) == NULL) {
@@ -219,15 +192,11 @@ static void *store_sqlite_open(const struct config *config, bool migrate, struct
     store->lock_fd = -1;
     store->timeout_ms = config->store.query_timeout_ms;
     pthread_mutex_init(&store->writer_mutex, NULL);
+    for (int i = 0; i < SQLITE_READERS; i++)
+        pthread_mutex_init(&store->readers[i].mutex, NULL);
     code = open_files(store, path, may_set_up, err);
     if (code == ERR_NONE)
-        code = sqlite_file_at(path, &file, err);
-    if (code == ERR_NONE)
-        code = sqlite_connect(&store->writer, path, file, store->timeout_ms, err);
-    if (code == ERR_NONE)
-        code = ensure_schema(store, may_set_up, err);
-    if (code == ERR_NONE)
-        code = open_readers(store, err);
+        code = open_database(store, may_set_up, err);
     if (code != ERR_NONE) {
         store_sqlite_close(store);
         return NULL;
@@ -244,8 +213,8 @@ static int store_sqlite_leaders(void *self)
 
 static int store_sqlite_schema_version(void *self)
 {
-    const struct store_sqlite *store = self;
-    return store->version;
+    struct store_sqlite *store = self;
+    return atomic_load(&store->version);
 }
 
 static enum err_code read_something(struct store_sqlite *store, struct err *err)

@@ -8,10 +8,13 @@
  *
  * That must be done with care, for the log (store.db-wal) and its index (store.db-shm) are found by
  * name, too: they still are those of the old file, and SQLite would take their pages for the new
- * one's. So, under the host's lock: the log's content goes where it belongs, into the old file
- * (somebody may have moved it elsewhere); then every connection of this process to that file ends;
- * then the log goes away, if it is still the one that this process has used; and only then the new
- * file is opened. Other processes keep the old log open without a name until they come here, too. */
+ * one's. So a file is opened and left under the host's lock only, and all connections to it have read
+ * something before that ends: SQLite opens the log with the first read. The lock file says whose the
+ * log is that has the name; the process that comes to another file first removes it.
+ *
+ * Who leaves a file that was replaced writes what the log holds where it belongs, into that file
+ * (somebody may have moved it elsewhere). SQLite itself, which removes a log that nobody uses any more,
+ * leaves that of a file without its name alone; it looks just before, hence the lock. */
 #include "store_sqlite.h"
 
 #include <errno.h>
@@ -131,31 +134,116 @@ static struct sqlite_file find_beside(const struct store_sqlite *store, const ch
     return file;
 }
 
-void sqlite_remember_log(struct store_sqlite *store)
+/* ---- whose the log is ---- */
+
+/* What the lock file holds. All 0: nothing is known, or no log was left. */
+struct log_record {
+    struct sqlite_file database, log, log_index;
+};
+
+static struct log_record read_record(const struct store_sqlite *store)
 {
-    store->log = find_beside(store, "-wal");
-    store->log_index = find_beside(store, "-shm");
+    struct log_record record;
+
+    if (pread(store->lock_fd, &record, sizeof record, 0) != (ssize_t)sizeof record)
+        memset(&record, 0, sizeof record);
+    return record;
 }
 
-/* ---- following ---- */
-
-static enum err_code lock_readers(struct store_sqlite *store, int64_t deadline_ms, struct err *err)
+/* It survives a power cut: a stale one would name files whose numbers have others by then. */
+static enum err_code write_record(const struct store_sqlite *store, const struct log_record *record,
+                                  struct err *err)
 {
-    for (int i = 0; i < store->readers_open; i++) {
-        if (sqlite_lock_mutex(&store->readers[i].mutex, deadline_ms) == 0)
-            continue;
-        while (i-- > 0)
-            pthread_mutex_unlock(&store->readers[i].mutex);
-        return err_set(err, ERR_STORE_UNAVAILABLE,
-                       "embedded store: the file was replaced, and a reader is still busy");
-    }
-    return ERR_NONE;
+    if (pwrite(store->lock_fd, record, sizeof *record, 0) == (ssize_t)sizeof *record &&
+        fdatasync(store->lock_fd) == 0)
+        return ERR_NONE;
+    return err_set(err,
+                   errno == ENOSPC || errno == EDQUOT ? ERR_STORAGE_FULL : ERR_STORE_UNAVAILABLE,
+                   "embedded store: cannot write %s.lock: %s", store->path, strerror(errno));
 }
 
-static void unlock_readers(struct store_sqlite *store)
+static enum err_code remove_stale(const struct store_sqlite *store, const char *suffix,
+                                  struct sqlite_file stale, struct err *err)
 {
-    for (int i = 0; i < store->readers_open; i++)
-        pthread_mutex_unlock(&store->readers[i].mutex);
+    enum err_code code = ERR_NONE;
+    char *name = NULL;
+
+    if (stale.inode == 0 || !sqlite_same_file(find_beside(store, suffix), stale))
+        return ERR_NONE;
+    name = name_beside(store, suffix);
+    if (name == NULL || unlink(name) != 0)
+        code = err_set(err, ERR_STORE_UNAVAILABLE,
+                       "embedded store: cannot remove the log of the file that was replaced: %s",
+                       strerror(errno));
+    free(name);
+    return code;
+}
+
+/* Removes what another file has left. A log that came with the file (from a backup of all of them)
+ * stays. */
+static enum err_code clear_log(const struct store_sqlite *store, struct sqlite_file file,
+                               struct err *err)
+{
+    static const struct log_record nothing;
+    const struct log_record record = read_record(store);
+
+    if (sqlite_same_file(record.database, file) || record.database.inode == 0)
+        return ERR_NONE;
+    if (remove_stale(store, "-wal", record.log, err) != ERR_NONE ||
+        remove_stale(store, "-shm", record.log_index, err) != ERR_NONE)
+        return err->code;
+    return write_record(store, &nothing, err);
+}
+
+/* SQLite removes a log that nobody uses any more. */
+static void forget_log(const struct store_sqlite *store)
+{
+    static const struct log_record nothing;
+    struct err ignored = {.message = ""};
+
+    if (find_beside(store, "-wal").inode == 0 &&
+        write_record(store, &nothing, &ignored) != ERR_NONE)
+        log_warning(NULL, NULL, "%s", ignored.message);
+}
+
+static enum err_code claim_log(const struct store_sqlite *store, struct err *err)
+{
+    const struct log_record before = read_record(store);
+    struct log_record record;
+
+    memset(&record, 0, sizeof record);
+    record.database = store->writer.file;
+    record.log = find_beside(store, "-wal");
+    record.log_index = find_beside(store, "-shm");
+    return memcmp(&record, &before, sizeof record) == 0 ? ERR_NONE
+                                                        : write_record(store, &record, err);
+}
+
+/* ---- coming and leaving ---- */
+
+static enum err_code connect_reader(struct store_sqlite *store, struct sqlite_db *db,
+                                    struct err *err)
+{
+    enum err_code code =
+        sqlite_connect(db, store->path, store->writer.file, store->timeout_ms, err);
+
+    if (code == ERR_NONE)
+        code = sqlite_exec(db, "PRAGMA query_only = ON; SELECT 1 FROM sqlite_master LIMIT 1", err);
+    return code;
+}
+
+enum err_code sqlite_come_to(struct store_sqlite *store, struct sqlite_file file, bool may_set_up,
+                             int64_t deadline_ms, struct err *err)
+{
+    enum err_code code = clear_log(store, file, err);
+
+    if (code == ERR_NONE)
+        code = sqlite_connect(&store->writer, store->path, file, store->timeout_ms, err);
+    if (code == ERR_NONE)
+        code = sqlite_prepare_schema(store, may_set_up, deadline_ms, err);
+    for (int i = 0; i < SQLITE_READERS && code == ERR_NONE; i++)
+        code = connect_reader(store, &store->readers[i].db, err);
+    return code == ERR_NONE ? claim_log(store, err) : code;
 }
 
 /* Writes into the old file what its log still holds. Where that is impossible, so it is. */
@@ -176,40 +264,48 @@ static enum err_code empty_log(struct store_sqlite *store, int64_t deadline_ms, 
 
 static void disconnect_all(struct store_sqlite *store)
 {
-    for (int i = 0; i < store->readers_open; i++)
+    for (int i = 0; i < SQLITE_READERS; i++)
         sqlite_disconnect(&store->readers[i].db);
     sqlite_disconnect(&store->writer);
 }
 
-static enum err_code remove_stale(const struct store_sqlite *store, const char *suffix,
-                                  struct sqlite_file stale, struct err *err)
+void sqlite_leave(struct store_sqlite *store)
 {
-    enum err_code code = ERR_NONE;
-    char *name = NULL;
+    struct err err = {.message = ""};
+    struct sqlite_file there;
+    int64_t deadline_ms = clock_monotonic_ms() + store->timeout_ms;
+    bool is_locked = store->lock_fd >= 0 && sqlite_host_lock(store, deadline_ms, &err) == ERR_NONE;
+    bool is_there = sqlite_file_at(store->path, &there, &err) == ERR_NONE;
 
-    if (stale.inode == 0 || !sqlite_same_file(find_beside(store, suffix), stale))
-        return ERR_NONE;
-    name = name_beside(store, suffix);
-    if (name == NULL || unlink(name) != 0)
-        code = err_set(err, ERR_STORE_UNAVAILABLE,
-                       "embedded store: cannot remove the log of the file that was replaced: %s",
-                       strerror(errno));
-    free(name);
-    return code;
+    if ((!is_there || !sqlite_same_file(there, store->writer.file)) &&
+        empty_log(store, deadline_ms, &err) != ERR_NONE)
+        log_warning(NULL, NULL, "%s", err.message);
+    disconnect_all(store);
+    if (is_locked) {
+        forget_log(store);
+        sqlite_host_unlock(store);
+    }
 }
 
-static enum err_code open_all(struct store_sqlite *store, struct sqlite_file file,
-                              int64_t deadline_ms, struct err *err)
-{
-    enum err_code code = sqlite_connect(&store->writer, store->path, file, store->timeout_ms, err);
+/* ---- following ---- */
 
-    if (code == ERR_NONE)
-        code = sqlite_check_schema(store, deadline_ms, err);
-    if (code == ERR_NONE)
-        sqlite_remember_log(store);
-    for (int i = 0; i < store->readers_open && code == ERR_NONE; i++)
-        code = sqlite_connect_reader(store, &store->readers[i].db, err);
-    return code;
+static enum err_code lock_readers(struct store_sqlite *store, int64_t deadline_ms, struct err *err)
+{
+    for (int i = 0; i < SQLITE_READERS; i++) {
+        if (sqlite_lock_mutex(&store->readers[i].mutex, deadline_ms) == 0)
+            continue;
+        while (i-- > 0)
+            pthread_mutex_unlock(&store->readers[i].mutex);
+        return err_set(err, ERR_STORE_UNAVAILABLE,
+                       "embedded store: the file was replaced, and a reader is still busy");
+    }
+    return ERR_NONE;
+}
+
+static void unlock_readers(struct store_sqlite *store)
+{
+    for (int i = 0; i < SQLITE_READERS; i++)
+        pthread_mutex_unlock(&store->readers[i].mutex);
 }
 
 /* Between readers' locks. */
@@ -217,17 +313,11 @@ static enum err_code change_to(struct store_sqlite *store, struct sqlite_file fi
                                int64_t deadline_ms, struct err *err)
 {
     struct err why = {.message = ""};
-    enum err_code code = empty_log(store, deadline_ms, err);
 
-    if (code != ERR_NONE)
-        return code;
+    if (empty_log(store, deadline_ms, err) != ERR_NONE)
+        return err->code;
     disconnect_all(store);
-    code = remove_stale(store, "-wal", store->log, err);
-    if (code == ERR_NONE)
-        code = remove_stale(store, "-shm", store->log_index, err);
-    if (code != ERR_NONE)
-        return code;
-    if (open_all(store, file, deadline_ms, &why) == ERR_NONE)
+    if (sqlite_come_to(store, file, false, deadline_ms, &why) == ERR_NONE)
         return ERR_NONE;
     disconnect_all(store);
     return err_set(err, ERR_STORE_UNAVAILABLE, "the file was replaced: %s", why.message);

@@ -13,16 +13,16 @@
 #define VALUE_MINUTE 60e3
 #define VALUE_HOUR 3600e3
 
-enum value_kind {
-    VALUE_INTEGER, /* int */
-    VALUE_SIZE,    /* int64_t, bytes; written so, or with K, M, G: times 1024 */
-    VALUE_DURATION, /* int64_t, milliseconds; written in seconds, or with ms, s, m, h; fractions too */
-    VALUE_REAL,     /* double */
-    VALUE_YES_NO, /* bool */
-    VALUE_WORD,   /* int, the place in a list */
-    VALUE_TEXT,   /* char * */
-    VALUE_URL,    /* char *; its password is printed as *** */
-    VALUE_FILE    /* char *, the name of a file */
+enum value_kind {                /* those with a range first */
+                  VALUE_INTEGER, /* int */
+                  VALUE_SIZE,    /* int64_t, bytes; written so, or with K, M, G: times 1024 */
+                  VALUE_DURATION, /* int64_t, milliseconds; written in seconds, or with ms, s, m, h; fractions too */
+                  VALUE_REAL,   /* double */
+                  VALUE_YES_NO, /* bool */
+                  VALUE_WORD,   /* int, the place in a list */
+                  VALUE_TEXT,   /* char * */
+                  VALUE_URL,    /* char *; its password is printed as *** */
+                  VALUE_FILE    /* char *, the name of a file */
 };
 
 struct value_type {
@@ -40,6 +40,10 @@ enum err_code value_set(const struct value_type *type, void *place, const char *
 
 /* Writes what value_set would read. */
 void value_print(const struct value_type *type, const void *place, FILE *out);
+
+/* "from 1 to 1024", in out; "" where any value of that type will do. */
+#define VALUE_RANGE_SIZE 80
+const char *value_range(const struct value_type *type, char out[VALUE_RANGE_SIZE]);
 
 bool value_is_text(const struct value_type *type);
 

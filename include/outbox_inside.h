@@ -6,6 +6,7 @@
 #include <sqlite3.h>
 
 #include "outbox.h"
+#include "state_db.h"
 
 #define KIND_SETTLEMENT "settlement"
 #define KIND_RESERVATION "reservation"
@@ -17,8 +18,7 @@
 
 struct outbox {
     pthread_mutex_t lock; /* one connection */
-    sqlite3 *db;
-    int directory;
+    struct state_db file;
     /* Entries that failed with ERR_INTERNAL, and how often. Each process counts its own attempts (one
      * every few seconds): many of them do not give an entry less time. */
     struct {

@@ -63,15 +63,13 @@ struct sqlite_reader {
 
 struct store_sqlite {
     int64_t timeout_ms;
-    int version;
+    _Atomic int version; /* of the schema */
     char *path;
     int lock_fd;                  /* the writers of this host queue on its flock */
     _Atomic int64_t written_ms;   /* monotonic; the last commit; 0: none */
     pthread_mutex_t writer_mutex; /* before those of readers */
     struct sqlite_db writer;
-    struct sqlite_file log, log_index; /* the writer's -wal and -shm */
     struct sqlite_reader readers[SQLITE_READERS];
-    int readers_open;
 };
 
 /* A write transaction under way. now: its time, in every row that it writes. */
@@ -91,8 +89,11 @@ enum err_code sqlite_check_directory(const char *path, struct err *err) MUST_CHE
 enum err_code sqlite_file_at(const char *path, struct sqlite_file *file,
                              struct err *err) MUST_CHECK;
 bool sqlite_same_file(struct sqlite_file a, struct sqlite_file b);
-/* Remembers which log and log index belong to the writer's file; it must have read something. */
-void sqlite_remember_log(struct store_sqlite *store);
+/* Opens all connections, to that file. The caller has the host's lock, and leaves also after an error. */
+enum err_code sqlite_come_to(struct store_sqlite *store, struct sqlite_file file, bool may_set_up,
+                             int64_t deadline_ms, struct err *err) MUST_CHECK;
+/* Closes them, whatever has become of the file; takes the host's lock. No other thread uses the store. */
+void sqlite_leave(struct store_sqlite *store);
 /* Opens the connections anew where another file has the database's name now. The caller has the
  * writers' mutex and the host's lock. ERR_STORE_UNAVAILABLE: there is no file, or no store in it. */
 enum err_code sqlite_follow(struct store_sqlite *store, int64_t deadline_ms,
@@ -100,11 +101,10 @@ enum err_code sqlite_follow(struct store_sqlite *store, int64_t deadline_ms,
 
 /* ---- store_sqlite.c ---- */
 
-/* Has the writer's database a schema that this program works with, and a log? Sets none up. */
-enum err_code sqlite_check_schema(struct store_sqlite *store, int64_t deadline_ms,
-                                  struct err *err) MUST_CHECK;
-enum err_code sqlite_connect_reader(struct store_sqlite *store, struct sqlite_db *db,
-                                    struct err *err) MUST_CHECK;
+/* Has the writer's database a schema that this program works with? Sets one up where that may be, and
+ * changes to a log (which is open afterwards). */
+enum err_code sqlite_prepare_schema(struct store_sqlite *store, bool may_set_up,
+                                    int64_t deadline_ms, struct err *err) MUST_CHECK;
 
 /* ---- store_sqlite_db.c ---- */
 

@@ -6,8 +6,9 @@
     make_stack  the same with settings of the test's own, ended with the test
 
 A stack is a directory with nginx, a unix socket, spawn-fcgi, multiwatch, N processes and a store. When it
-ends, its processes must have ended too, and neither a sanitizer nor an unexpected line may stand on its
-standard error.
+ends, its processes must have ended too, neither a sanitizer nor an unexpected line may stand on its standard
+error, and none of its API keys and client keys in any file or table that is not the keys' own. What it answers
+and what extractctl says is searched for them at once.
 
 The store is the embedded one; with EXTRACT_TEST_STORE=mssql all of it runs over tests/tds_server instead, or over the
 live server that MSSQL_SERVER, MSSQL_USER and MSSQL_PASSWORD_FILE name (MSSQL_ENCRYPT and MSSQL_CA_FILE where needed), each
@@ -53,10 +54,11 @@ sys.path[:0] = [str(ROOT / "tests" / name) for name in ("emulator", "samples", "
 from relay import Relay  # noqa: E402
 from tds import Closed  # noqa: E402
 from tds_client import Connection, SqlError  # noqa: E402
-from tds_process import TdsServer  # noqa: E402
+from tds_process import TdsServer, free_port  # noqa: E402
 
-# Taken out: the programs refuse variables of theirs that they do not know.
-TEST_STORE = os.environ.pop("EXTRACT_TEST_STORE", "sqlite")
+# Taken out: the programs refuse variables of theirs that they do not know. The other name is for pytest's own processes.
+TEST_STORE = os.environ.pop("EXTRACT_TEST_STORE", os.environ.get("TEST_STORE", "sqlite"))
+os.environ["TEST_STORE"] = TEST_STORE
 IS_LIVE = bool(os.environ.get("MSSQL_SERVER"))
 PATIENCE = 120.0 if IS_LIVE else 30.0  # seconds: an upper bound for what must happen, never a delay
 
@@ -73,12 +75,6 @@ QUICK = {
     "EXTRACT_RETRY_INITIAL_DELAY": "0.02",
     "EXTRACT_RETRY_MAX_DELAY": "0.2",
 }
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def eventually(probe: Callable[[], Any], what: str = "") -> Any:
@@ -454,6 +450,7 @@ class Stack:
         self.socket = self.dir / f"pool-{uuid.uuid4().hex[:8]}.sock"
         self.port, self.https_port = free_port(), free_port()
         self.allowed_stderr: list[str] = []  # patterns of lines that the test expects
+        self.secrets: set[str] = set()  # API keys and client keys: see keeps_secret
         (self.dir / "tls").mkdir(exist_ok=True)
         (self.dir / "server.d").mkdir(exist_ok=True)
         for name in ("cert.pem", "key.pem"):
@@ -518,6 +515,7 @@ class Stack:
             self.stderr.close()
             if self.relay is not None:
                 self.relay.cut()
+        self.keeps_secrets()
         noise = [line for line in (self.dir / "pool.log").read_text(errors="replace").splitlines()
                  if not any(re.search(pattern, line) for pattern in [*self.allowed_stderr, SETTING_UP])]
         if self.own_directory:
@@ -539,8 +537,10 @@ class Stack:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout, source_address=where)
         with closing(connection):
             connection.request(method, path, body, headers or {})
-            answer = connection.getresponse()
-            return Answer(answer.status, answer.headers, answer.read())
+            response = connection.getresponse()
+            answer = Answer(response.status, response.headers, response.read())
+        self.keeps_secret(f"the answer to {method} {path}", str(answer.headers).encode() + answer.body)
+        return answer
 
     def get(self, path: str, **arguments: Any) -> Answer:
         return self.request("GET", path, **arguments)
@@ -569,16 +569,44 @@ class Stack:
 
     # -- extractctl and the store --
 
-    def ctl(self, *arguments: str, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run([str(BUILD / "extractctl"), *arguments], input=stdin, env=self.env, text=True,
-                                capture_output=True, timeout=PATIENCE)
+    def ctl(self, *arguments: str, stdin: str = "", check: bool = True, patient: bool = False) -> subprocess.CompletedProcess[str]:
+        """patient: where a test is about a short store.query_timeout, but this command is not."""
+        env = self.env | ({"EXTRACT_STORE_QUERY_TIMEOUT": f"{PATIENCE:.0f}s"} if patient else {})
+        result = subprocess.run([str(BUILD / "extractctl"), *arguments], input=stdin, env=env, text=True, capture_output=True,
+                                timeout=2 * PATIENCE)
         assert not check or result.returncode == 0, result.stderr
+        made = re.findall(r"extract_[\w-]{43}", result.stdout) if arguments[:2] == ("client-key", "add") else []
+        self.keeps_secret(f"what extractctl {arguments} says", (result.stdout + result.stderr).encode())
+        self.secrets.update(made)
         return result
 
     def token(self, company: str = "NT047", key: str | None = None, *arguments: str) -> int:
         """Adds a token; its TokenID. The key defaults to one of its own."""
-        added = self.ctl("token", "add", "--company", company, *arguments, stdin=(key or f"key-{uuid.uuid4().hex}") + "\n")
-        return int(added.stdout)
+        key = key or f"key-{uuid.uuid4().hex}"
+        self.secrets.add(key.strip())
+        return int(self.ctl("token", "add", "--company", company, *arguments, stdin=key + "\n", patient=True).stdout)
+
+    # -- what must stand nowhere --
+
+    def keeps_secret(self, where: str, content: bytes) -> None:
+        """No key of this stack stands there. (Of a few letters only, it is a test's own about odd keys.)"""
+        assert not [key for key in self.secrets if len(key) >= 12 and key.encode() in content], where
+
+    def keeps_secrets(self) -> None:
+        """In no file and no table that this stack has written, but for the keys' own."""
+        key_files = [Path(path) for name, path in self.env.items() if name.endswith("_KEY_FILE")]
+        for path in key_files:
+            if path.is_file():
+                self.secrets.update(path.read_text(errors="replace").split())
+        for path in self.dir.rglob("*"):
+            if path.is_file() and path not in key_files and not path.name.startswith("store.db"):
+                self.keeps_secret(str(path), path.read_bytes())
+        with suppress(sqlite3.Error, SqlError, OSError, Closed):  # a test may have broken its store
+            for table in self.tables():
+                for row in self.sql(f'SELECT * FROM "{table}"'):
+                    if table == "TokenMaster":
+                        del row["ApiKey"]
+                    self.keeps_secret(table, json.dumps(row, ensure_ascii=False, default=str).encode())
 
     def sql(self, statement: str, *values: Any) -> list[dict[str, Any]]:
         if self.sql_server is not None:

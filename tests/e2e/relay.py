@@ -5,13 +5,15 @@ import socket
 import threading
 from contextlib import suppress
 
+from tds_process import free_port
+
 
 class Relay:
     """Listens on localhost, at a port of its own, for one server."""
 
     def __init__(self, server: str) -> None:
         host, _, port = server.rpartition(":")
-        self.server, self.port = (host, int(port)), 0
+        self.server, self.port = (host, int(port)), free_port()
         self.lock = threading.Lock()  # guards what follows
         self.connections: set[socket.socket] = set()
         self.mend()
@@ -22,7 +24,6 @@ class Relay:
 
     def mend(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
-        self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
 
     def cut(self) -> None:

@@ -24,7 +24,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def client_key(stack: Stack, company: str, *arguments: str) -> str:
-    return stack.ctl("client-key", "add", "--company", company, *arguments).stdout.strip()
+    return stack.ctl("client-key", "add", "--company", company, *arguments, patient=True).stdout.strip()
 
 
 def key_id(stack: Stack, key: str) -> str:

@@ -121,6 +121,8 @@ def test_install(tmp_path: Path) -> None:
     share = "usr/share/extract-fcgi"
     assert installed.keys() >= {
         "etc/extract-fcgi/extract-fcgi.conf", f"{share}/extract-fcgi.conf.example", "usr/lib/sysusers.d/extract-fcgi.conf",
+        "usr/share/man/man1/extractctl.1", "usr/share/man/man5/extract-fcgi.conf.5", "usr/share/man/man8/extract-fcgi.8",
+        "usr/share/bash-completion/completions/extractctl",
         "usr/lib/tmpfiles.d/extract-fcgi.conf", f"{share}/systemd/README.md", f"{share}/systemd/credentials.conf.example",
         *(f"usr/lib/systemd/system/{name}" for name in ("extract-fcgi.socket", "extract-fcgi.service",
                                                         "extract-fcgi@.service", "extract-fcgi.target")),

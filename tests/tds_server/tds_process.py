@@ -3,16 +3,31 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from tds_client import Connection
 
 PASSWORD = "Pa€ss 'w0rd"
+
+
+given_ports: set[int] = set()
+
+
+def free_port() -> int:
+    """One that the kernel gives to no connection, either (32768 and up), nor this to a second caller."""
+    while True:
+        port = random.randrange(10000, 32768)
+        with closing(socket.socket()) as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            if port not in given_ports:
+                given_ports.add(port)
+                return port
 
 
 class TdsServer:
@@ -23,12 +38,12 @@ class TdsServer:
         self.password_file = directory / "password"
         self.password_file.write_text(PASSWORD + "\n")
         self.password_file.chmod(0o600)
-        self.address, self.control_address = "127.0.0.1:0", "127.0.0.1:0"
+        self.address, self.control_address = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self.process: subprocess.Popen[str] | None = None
         self.start()
 
     def start(self) -> None:
-        """At the same address as before."""
+        """At the same address as before, which nobody else has taken meanwhile (free_port)."""
         command = ["/usr/bin/python3", str(Path(__file__).parent / "tds_server.py"), "--listen", self.address,
                    "--control", self.control_address, "--directory", str(self.directory / "databases"), "--tls",
                    str(self.directory / "tls"), "--password-file", str(self.password_file), "--encryption",

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -177,7 +178,7 @@ static void a_state_dir_that_does_not_serve_is_named(void **state)
     (void)state;
     assert_null(grace_open("/nowhere/at/all", HOUR, &err));
     assert_int_equal(err.code, ERR_CONFIG);
-    assert_non_null(strstr(err.message, "server.state_dir: cannot create /nowhere/at/all"));
+    assert_non_null(strstr(err.message, "server.state_dir: /nowhere/at/all: "));
     assert_non_null(file);
     for (int i = 0; i < 1000; i++)
         fputs("no database", file);
@@ -185,6 +186,37 @@ static void a_state_dir_that_does_not_serve_is_named(void **state)
     assert_null(grace_open(directory, HOUR, &err));
     assert_int_equal(err.code, ERR_CONFIG);
     assert_non_null(strstr(err.message, path));
+}
+
+/* As a pool's processes do, where the file is not there yet. */
+static void processes_may_open_it_at_once(void **state)
+{
+    pid_t pids[6];
+    int gate[2];
+
+    (void)state;
+    for (int round = 0; round < 40; round++) {
+        assert_int_equal(pipe(gate), 0);
+        for (size_t i = 0; i < sizeof pids / sizeof pids[0]; i++) {
+            pids[i] = fork();
+            assert_true(pids[i] >= 0);
+            if (pids[i] == 0) {
+                struct err err = {0};
+                char go;
+                close(gate[1]);
+                bool ok = read(gate[0], &go, 1) == 0 && grace_open(directory, HOUR, &err) != NULL;
+                _exit(ok ? 0 : 1); /* without closing it: as kill -9 does */
+            }
+        }
+        close(gate[0]);
+        close(gate[1]);
+        for (size_t i = 0; i < sizeof pids / sizeof pids[0]; i++) {
+            int status = 0;
+            assert_int_equal(waitpid(pids[i], &status, 0), pids[i]);
+            assert_int_equal(status, 0);
+        }
+        assert_int_equal(unlink(path), 0);
+    }
 }
 
 int main(void)
@@ -196,6 +228,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(what_fails_is_said_once, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_state_dir_that_does_not_serve_is_named, set_up,
                                         tear_down),
+        cmocka_unit_test_setup_teardown(processes_may_open_it_at_once, set_up, tear_down),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

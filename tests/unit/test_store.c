@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -3366,6 +3367,24 @@ static void loses_nothing_of_a_file_that_was_moved_away(void **state)
     fixture.raw = old;
 }
 
+static void a_file_that_was_moved_away_is_whole_at_the_end(void **state)
+{
+    (void)state;
+    add_token("NT047", -1);
+    for (int i = 0; i < 20; i++) {
+        struct store_acquire a;
+        assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    }
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    move("store.db", "old.db");
+    driver->close(store);
+    store = NULL;
+    assert_int_equal(SQLITE_OK, sqlite3_open(beside("old.db"), &fixture.raw));
+    expect("20", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+}
+
 static void waits_for_a_file_that_vanished(void **state)
 {
     (void)state;
@@ -3428,8 +3447,74 @@ static void follows_to_a_store_only(void **state)
     expect("ok", "PRAGMA integrity_check");
 }
 
+static void expect_key_by(void *own, const char *key)
+{
+    void *first = store;
+    store = own;
+    expect_key(key);
+    store = first;
+}
+
+/* One may come from the first file to the third, past the log of the second; and leave a file for good
+ * while its name, and that of its log, are another's. */
+static void follow_at_different_times(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    add_token("NT047", -1);
+    back_up("a.db");
+    back_up("b.db");
+    void *other = open_store(false, &err);
+    assert_non_null(other);
+    move("a.db", "store.db");
+    expect_key("key-of-a.db");
+    move("b.db", "store.db");
+    expect_key_by(other, "key-of-b.db");
+    expect_key_by(other, "key-of-b.db");
+    driver->close(store);
+    store = other;
+    expect_key("key-of-b.db");
+    attach_again();
+    expect("3", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+    expect_sums();
+}
+
+/* As kill -9 leaves it: the log of a file that is not there any more. */
+static void a_log_that_was_left_is_known_at_the_start(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int status = 0;
+    sqlite3_close(fixture.raw);
+    fixture.raw = NULL;
+    driver->close(store);
+    store = NULL;
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        store = open_store(false, &err);
+        backend->attach();
+        add_token("NT047", -1);
+        back_up("a.db");
+        struct store_acquire a;
+        _exit(acquire_new("NT047", &a) == GRANT_TOKEN ? 0 : 1);
+    }
+    assert_int_equal(pid, waitpid(pid, &status, 0));
+    assert_int_equal(0, status);
+    assert_int_equal(0, access(beside("store.db-wal"), F_OK));
+    move("a.db", "store.db");
+    store = open_store(false, &err);
+    assert_non_null(store);
+    expect_key("key-of-a.db");
+    backend->attach();
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+    expect("ok", "PRAGMA integrity_check");
+}
+
 static atomic_bool replacing;
 static atomic_int served;
+static atomic_int *opened; /* by how many processes; shared by them */
 
 static bool is_fine(enum err_code code)
 {
@@ -3489,6 +3574,9 @@ static int rounds_in_process(int n)
     struct err err = {0};
     void *own = open_store(false, &err);
     int wrong = own == NULL ? 9 : 0;
+    atomic_fetch_add(opened, 1);
+    while (n == 0 && atomic_load(opened) < WORKERS) /* a store that comes and goes is no start */
+        clock_sleep_until(clock_monotonic_ms() + 1);
     int64_t end_ms = clock_monotonic_ms() + 2500;
     for (int i = 0; n == 0 && i < 12 && wrong == 0; i++) { /* the DBA */
         clock_sleep_until(clock_monotonic_ms() + 150);
@@ -3543,7 +3631,10 @@ static void processes_follow_together(void **state)
     sqlite3_close(fixture.raw);
     fixture.raw = NULL;
     atomic_store(&served, 0);
+    opened = mmap(NULL, sizeof *opened, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(opened != MAP_FAILED);
     in_processes(WORKERS, rounds_in_process);
+    munmap(opened, sizeof *opened);
     backend->attach();
     expect("ok", "PRAGMA integrity_check");
     expect("key-of-a.db", "SELECT ApiKey FROM TokenMaster");
@@ -4383,8 +4474,11 @@ static const struct CMUnitTest embedded[] = {
     CONTRACT(the_host_lock_is_waited_for_only_so_long),
     REPLACED(follows_a_replaced_file),
     REPLACED(loses_nothing_of_a_file_that_was_moved_away),
+    REPLACED(a_file_that_was_moved_away_is_whole_at_the_end),
     REPLACED(waits_for_a_file_that_vanished),
     REPLACED(follows_to_a_store_only),
+    REPLACED(follow_at_different_times),
+    REPLACED(a_log_that_was_left_is_known_at_the_start),
     REPLACED(threads_follow_together),
     cmocka_unit_test_setup_teardown(processes_follow_together, setup_closed,
                                     teardown_closed_replaced),

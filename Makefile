@@ -55,6 +55,8 @@ WWW_PACKAGES   := nodejs npm
 TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist python3-jsonschema python3-yaml python3-requests procps sqlite3 $(WWW_PACKAGES) \
                   freetds-bin systemd mandoc mono-mcs mono-runtime libmono-system-net-http4.0-cil libmono-system-runtime-serialization4.0-cil
 BROWSER_PACKAGES := chromium fonts-dejavu-core
+BENCH_PACKAGES := wrk libnginx-mod-http-lua python3-fastapi python3-uvicorn python3-httpx python3-multipart \
+                  python3-pyodbc tdsodbc eatmydata strace valgrind
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
 
 .DELETE_ON_ERROR:
@@ -105,6 +107,9 @@ deps: ## Install what building and running need (Debian 12; root or sudo)
 
 deps-check: ## Install what the tests need, too
 	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES) $(TEST_PACKAGES)
+
+deps-bench:
+	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES) $(TEST_PACKAGES) $(BENCH_PACKAGES)
 
 deps-lint:
 	@tests/install-packages $(BUILD_PACKAGES) $(TEST_PACKAGES) $(LINT_PACKAGES)
@@ -161,6 +166,20 @@ check-mssql: all $(BUILD)/tests/unit/test_store ## All that uses the store, on a
 
 MSSQL = MSSQL_SERVER='$(MSSQL_SERVER)' MSSQL_USER='$(MSSQL_USER)' MSSQL_PASSWORD_FILE='$(abspath $(MSSQL_PASSWORD_FILE))' \
         MSSQL_ENCRYPT='$(or $(MSSQL_ENCRYPT),$(if $(MSSQL_CA_FILE),require,off))' MSSQL_CA_FILE='$(MSSQL_CA_FILE)' MSSQL_RIGHTS='$(or $(MSSQL_RIGHTS),yes)'
+
+bench: ## Measure, beside what people would use instead: PART=throughput,latency,cost,memory,growth,mssql RUNS=5 (tests/bench/README.md)
+	@$(MAKE) --no-print-directory deps-bench
+	@$(MAKE) --no-print-directory -j2 all $(BUILD)/tests/bench/floor $(BUILD)/tests/bench/count_io.so
+	@$(if $(MSSQL_SERVER),$(MSSQL)) BUILD=$(BUILD) PART='$(PART)' RUNS='$(RUNS)' PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 \
+	    /usr/bin/python3 tests/bench/bench.py
+
+$(BUILD)/tests/bench/floor: tests/bench/floor.c Makefile
+	@mkdir -p $(@D)
+	$(Q)$(CC) -std=c17 $(CPPFLAGS) $(WARNINGS) -O2 -g -pthread -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+$(BUILD)/tests/bench/count_io.so: tests/bench/count_io.c Makefile
+	@mkdir -p $(@D)
+	$(Q)$(CC) -std=c17 -D_GNU_SOURCE $(WARNINGS) -O2 -fno-builtin -fPIC -shared -o $@ $<
 
 # make fuzz: two at a time, each with an output of its own, as tests/fuzz/README.md says.
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
@@ -246,6 +265,6 @@ clean: ## Remove build/
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all www units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-browser check-faults soak check-mssql fuzz \
-        fuzz-coverage fuzzers lint format manuals \
+.PHONY: all www units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-browser check-faults soak \
+        check-mssql bench deps-bench fuzz fuzz-coverage fuzzers lint format manuals \
         install uninstall clean help

@@ -144,14 +144,19 @@ def emulator(_emulator: Emulator) -> Emulator:
 # ---- certificates and nginx ----
 
 
-@pytest.fixture(scope="session")
-def certificate() -> Iterator[Path]:
-    """A directory with cert.pem and key.pem for localhost, signed by itself."""
-    directory = Path(tempfile.mkdtemp(prefix="extract-tls-"))
+def make_certificate(directory: Path) -> None:
+    """cert.pem and key.pem for localhost, signed by itself."""
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
          "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
         cwd=directory, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def certificate() -> Iterator[Path]:
+    """A directory with cert.pem and key.pem for localhost."""
+    directory = Path(tempfile.mkdtemp(prefix="extract-tls-"))
+    make_certificate(directory)
     yield directory
     shutil.rmtree(directory)
 

@@ -53,8 +53,8 @@ export function plotDays(days, description) {
             {label: texts.series.day, value: (_, seconds) => (seconds === null ? "–" : new Date(seconds * 1000).toISOString().slice(0, 10))},
             {label: texts.series.tokens, scale: "y", stroke: colour("accent"), fill: colour("accent"), paths: uPlot.paths.bars({size: [0.7, 48]}),
                 points: {show: false}, value: (_, value) => (value === null ? "–" : number(value))},
-            {label: texts.series.requests, scale: "requests", stroke: colour("warn-line"), width: 2,
-                points: {show: true, size: 6, fill: colour("warn-line")}, value: (_, value) => (value === null ? "–" : number(value))},
+            {label: texts.series.requests, scale: "requests", stroke: colour("warn"), width: 2,
+                points: {show: true, size: 6, fill: colour("warn")}, value: (_, value) => (value === null ? "–" : number(value))},
         ],
     }, data, place));
 }

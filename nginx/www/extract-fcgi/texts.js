@@ -32,6 +32,7 @@ export const texts = {
     // Files
     files: "Invoices",
     drop: "Drop invoices here, or paste a picture",
+    dropTouch: "Choose invoices, or take a photograph",
     choose: "Choose files",
     photograph: "Take a photograph",
     formats: "PDF, PNG, JPEG, WEBP, HEIC.",

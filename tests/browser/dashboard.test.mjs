@@ -78,7 +78,7 @@ const sums = (row) => Object.fromEntries(Object.entries(COLUMNS).map(([name, wor
 describe("its figures are the store's", () => {
     test("usage by day, company, branch, user and token; the tokens; at a glance", () => withPage(async (page) => {
         const {company, token} = newCompany("open", "--limit", "100000", "--threshold", "0.01");
-        newCompany(); // another's, which is not to be seen
+        use(newCompany().company, [{tokens: 12_345}]); // another's, which is not to be seen
         for (const who of [{}, {user: "Bert"}, {branch: "Nantes", user: "Bert"}]) assert.equal((await extract(page, company, who)).status(), 200);
         use(company, [{tokens: 5000, days: 3}, {tokens: 700, days: 3, user: "Bert"}, {tokens: 90, days: 5, branch: ""}]);
         await show(page, {company});
@@ -193,6 +193,9 @@ test("page after page, and all of it as CSV", () => withPage(async (page) => {
     await more.click();
     await page.locator("#errors tbody tr").nth(39).waitFor();
     assert.deepEqual(await shown(), expected(40));
+    await more.click();
+    await page.locator("#errors tbody tr").nth(59).waitFor();
+    assert.deepEqual(await shown(), expected(60));
     const {name, text} = await saved(page, () => page.locator("#errors").getByRole("button", {name: "CSV"}).click());
     assert.equal(name, "errors.csv");
     const lines = text.trimEnd().split("\r\n");
@@ -200,6 +203,16 @@ test("page after page, and all of it as CSV", () => withPage(async (page) => {
     assert.equal(lines.filter((line) => line.includes("LogID,")).length, 1);
     assert.deepEqual(lines.filter((line) => line.includes(mark)).map((line) => line.split(",")[4]), expected(1050));
     sql(`DELETE FROM ApplicationLogs WHERE Message LIKE '${mark}%'`);
+    const {company} = newCompany();
+    use(company, Array.from({length: 25}, (_, i) => ({user: `user-${i}`, tokens: 100 - i})));
+    await show(page, {company});
+    await page.locator("#by").selectOption("user");
+    await page.locator("#share tbody tr").nth(19).waitFor();
+    await page.locator("#share").getByRole("button", {name: "More rows"}).click();
+    await page.locator("#share tbody tr").nth(24).waitFor();
+    assert.deepEqual((await rows(page, "share")).map((row) => row.User), Array.from({length: 25}, (_, i) => `user-${i}`));
+    assert.equal(await page.locator("#share").getByRole("button", {name: "More rows"}).isVisible(), false); // the last page
+    assert.equal(await page.evaluate(() => document.activeElement.getAttribute("aria-label")), "Who used it");
     await show(page, {company: "nobody"});
     assert.equal(await page.locator("#errors").getByText("Nothing.").isVisible(), true);
 }, at));

@@ -51,7 +51,8 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist procps sqlite3 nodejs npm freetds-bin systemd mandoc
+TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist python3-jsonschema python3-yaml python3-requests procps sqlite3 nodejs npm \
+                  freetds-bin systemd mandoc mono-mcs mono-runtime libmono-system-net-http4.0-cil libmono-system-runtime-serialization4.0-cil
 BENCH_PACKAGES := wrk libnginx-mod-http-lua python3-fastapi python3-uvicorn python3-httpx python3-multipart \
                   python3-pyodbc tdsodbc eatmydata strace valgrind
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
@@ -111,7 +112,7 @@ demo: ## The same without staying: exit 0 only if the extraction succeeded
 check: ## Install what tests need, build, run all tests
 	@$(MAKE) --no-print-directory deps-check
 	@$(MAKE) --no-print-directory -j2 all $(UNITS)
-	@$(MAKE) --no-print-directory check-unit check-emulator check-e2e
+	@$(MAKE) --no-print-directory check-unit check-emulator check-openapi check-e2e
 
 units: $(UNITS)
 
@@ -121,6 +122,9 @@ check-unit: $(UNITS) ## The unit tests alone
 check-emulator: ## The tests of what stands in for others: Gemini (with Google's client library), SQL Server (with FreeTDS)
 	$(PYTEST) tests/emulator tests/tds_server
 	tests/genai/run
+
+check-openapi: ## nginx/openapi.yaml against the schema of OpenAPI 3.1 (that the service keeps to it, check-e2e looks at)
+	tests/openapi/run
 
 check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
@@ -222,7 +226,7 @@ install: all manuals ## Install programs, units, guides, and a configuration whe
 	install -D -m 644 systemd/extractctl.completion.bash $(DESTDIR)$(completions)/extractctl
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
 	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
-	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md
+	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md nginx/openapi.yaml
 	install -D -m 644 -t $(INSTALLED)/sql sql/*.sql sql/README.md
 	test -e $(CONFIG_FILE) || install -D -m 644 systemd/extract-fcgi.conf.example $(CONFIG_FILE)
 
@@ -234,11 +238,11 @@ uninstall: ## Remove what install has installed, but a configuration that was ed
 	rm -rf $(INSTALLED)
 
 clean: ## Remove build/
-	rm -rf build tests/genai/node_modules
+	rm -rf build tests/genai/node_modules tests/openapi/node_modules
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-faults soak check-mssql bench deps-bench fuzz fuzz-coverage \
-        fuzzers lint format manuals \
+.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-faults soak check-mssql bench \
+        deps-bench fuzz fuzz-coverage fuzzers lint format manuals \
         install uninstall clean help

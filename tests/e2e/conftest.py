@@ -51,6 +51,7 @@ BUILD = Path(os.environ.get("BUILD", ROOT / "build")).resolve()
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin") or "nginx"
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("emulator", "samples", "tds_server")]
 
+import openapi  # noqa: E402
 from relay import Relay  # noqa: E402
 from tds import Closed  # noqa: E402
 from tds_client import Connection, SqlError  # noqa: E402
@@ -539,6 +540,7 @@ class Stack:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             answer = Answer(response.status, response.headers, response.read())
+        openapi.hold(method, path, answer.status, answer.headers, answer.body)
         self.keeps_secret(f"the answer to {method} {path}", str(answer.headers).encode() + answer.body)
         return answer
 

@@ -374,9 +374,9 @@ def test_request_is_sent_once(front: Front) -> None:
 
 @BOTH
 def test_parameters(front: Front, http: int) -> None:
-    """What passes on to the application: of a client's headers two, and nothing that looks like them."""
+    """What passes on to the application: of a client's headers three, and nothing that looks like them."""
     curl(url(front, "/extract?a=b", http), "-d", "x", "-H", "Authorization: Bearer k", "-H", "Idempotency-Key: i",
-         "-H", "Proxy: evil", "-H", "Idempotency_Key: evil", "-H", "Request-Body-File: evil", "-H", "Cookie: evil",
+         "-H", "Accept: text/csv", "-H", "Proxy: evil", "-H", "Idempotency_Key: evil", "-H", "Request-Body-File: evil", "-H", "Cookie: evil",
          "-H", "Remote-Addr: evil", "-H", "X-Forwarded-For: 6.6.6.6", "-H", "X-Request-ID: evil", "-A", "evil")
     params = front.stand_in.seen[-1]
     assert re.fullmatch("[0-9a-f]{32}", params.pop("PROXY_REQUEST_ID")) and params.pop("REMOTE_PORT").isdigit()
@@ -385,13 +385,13 @@ def test_parameters(front: Front, http: int) -> None:
         "QUERY_STRING": "a=b", "CONTENT_TYPE": "application/x-www-form-urlencoded", "CONTENT_LENGTH": "1",
         "GATEWAY_INTERFACE": "CGI/1.1", "SERVER_PROTOCOL": "HTTP/2.0" if http == 2 else "HTTP/1.1", "SERVER_NAME": "",
         "SERVER_PORT": str(front.https_port if http == 2 else front.port), "REMOTE_ADDR": "127.0.0.1",
-        "HTTP_AUTHORIZATION": "Bearer k", "HTTP_IDEMPOTENCY_KEY": "i", **({"HTTPS": "on"} if http == 2 else {})}
+        "HTTP_AUTHORIZATION": "Bearer k", "HTTP_ACCEPT": "text/csv", "HTTP_IDEMPOTENCY_KEY": "i", **({"HTTPS": "on"} if http == 2 else {})}
 
 
 def test_parameters_that_are_absent(front: Front) -> None:
     """An empty header is like none, and so is one with an underscore."""
     for http, key in ((1, "Idempotency-Key;"), (1, "Idempotency_Key: evil"), (2, "Idempotency_Key: evil")):
-        curl(url(front, http=http), "-d", "x", "-H", "Authorization;", "-H", key)
+        curl(url(front, http=http), "-d", "x", "-H", "Authorization;", "-H", "Accept;", "-H", key)
         assert not [name for name in front.stand_in.seen[-1] if name.startswith("HTTP_")]
 
 
@@ -698,7 +698,7 @@ def test_log_is_one_line_a_request(front: Front) -> None:
 def test_loopback_only(stack: Stack, path: str, http: int) -> None:
     here = curl(url(stack, path, http))
     if path.startswith("/admin"):
-        is_the_applications(here, 404, "not_found")
+        is_the_applications(here, 401, "unauthenticated")
     else:
         assert here.status == 200
     is_own(curl(url(stack, path, http), "--interface", "127.0.0.2"), 404, "not_found", False, False)

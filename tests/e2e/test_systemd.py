@@ -127,7 +127,7 @@ def test_install(tmp_path: Path) -> None:
         *(f"usr/lib/systemd/system/{name}" for name in ("extract-fcgi.socket", "extract-fcgi.service",
                                                         "extract-fcgi@.service", "extract-fcgi.target")),
         *(f"{share}/{folder}/{path.name}" for folder in ("nginx", "sql") for path in (ROOT / folder).iterdir()
-          if path.suffix in (".conf", ".sql", ".md"))}
+          if path.suffix in (".conf", ".sql", ".md", ".yaml"))}
     template = settings(tmp_path / "usr/lib/systemd/system/extract-fcgi@.service")
     assert template["ExecStart"] == ["/usr/sbin/extract-fcgi"]
     assert "/usr/sbin/extract-fcgi" in template["ExecPaths"][0].split()

@@ -29,7 +29,6 @@ async function who(page, {company, user = "Anna", branch = "Lyon", key = ""}) {
 const choose = (page, files) => page.locator("#file").setInputFiles(files);
 const start = (page) => page.locator("#start").click();
 const entry = (page, name) => page.locator(".entry", {has: page.getByRole("heading", {name, exact: true})});
-const state = (page, name) => entry(page, name).getAttribute("data-state");
 const until = (page, name, ...states) => page.locator(states.map((each) => `.entry[data-state="${each}"]`).join(","))
     .filter({has: page.getByRole("heading", {name, exact: true})}).first().waitFor();
 const said = (page) => page.locator("#said").innerText();
@@ -547,7 +546,7 @@ describe("what goes wrong is said to the letter, with its number and what to do"
         await choose(page, sparse("huge.pdf", LIMIT + 1));
         await until(page, "huge.pdf", "failed");
         assert.match(await entry(page, "huge.pdf").innerText(),
-            /This file makes an upload of 50 MB, and the limit is 50 MB \(52428800 bytes\)\. It was not sent\./);
+            /This file makes an upload of 50 MB \(52428801 bytes\), and the limit is 50 MB \(52428800 bytes\)\. It was not sent\./);
         await choose(page, sparse("edge.pdf", LIMIT - 100)); // with the rest of the form it is over
         await start(page);
         await until(page, "edge.pdf", "failed");

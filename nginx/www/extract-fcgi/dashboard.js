@@ -97,14 +97,14 @@ function csvButton(id, path, parameters, key) {
 }
 
 /** A panel with one table, its further pages and its CSV. */
-async function list(id, {key, ...asking}, path, columns, {note, show, limit = ROWS} = {}) {
+async function list(id, {key, ...asking}, path, columns, {note, cells, limit = ROWS} = {}) {
     const parameters = asking.parameters;
     const ask = (cursor) => page(path, {...parameters, limit, cursor}, key);
     const first = await ask(null);
     const more = (cursor) => ask(cursor).catch(refused);
     return () => {
         panel(id, csvButton(id, path, parameters, key), note && element("p", {class: "hint"}, note),
-            table(texts.panels[id], columns, first, {show, more}));
+            table(texts.panels[id], columns, first, {show: cells, more}));
         return first;
     };
 }
@@ -164,9 +164,9 @@ async function shares(asking) {
             by = select.value;
             const mine = asked;
             try {
-                const show = await shares(asking);
+                const shown = await shares(asking);
                 if (mine !== asked) return;
-                show();
+                shown();
                 $("by").focus();
             } catch (refusal) {
                 refused(refusal);
@@ -230,7 +230,7 @@ async function show(asking) {
             list("unsettled", within, "unsettled", ["CreatedAt", "CompanyID", "Branch", "RequestedBy", "TokenID", "State", "UnknownCalls",
                 "EstimatedTokens", "RequestID"], {note: texts.notes.unsettled}),
             list("tokens", {key, parameters: {company}}, "tokens", ["Status", "TokenID", "CompanyID", "CompanyName", "ApiKey", "Used",
-                "TotalRemainingTokens", "ReservedTokens", "Threshold", "StatusReason", "CreatedAt"], {show: {Status: health, Used: bar}}),
+                "TotalRemainingTokens", "ReservedTokens", "Threshold", "StatusReason", "CreatedAt"], {cells: {Status: health, Used: bar}}),
             overTime(asking),
             shares(asking),
             list("errors", within, "errors", ["Timestamp", "LogLevel", "Message", "Exception", "RequestID", "Host"]),

@@ -158,7 +158,7 @@ export class Queue {
     }
 
     #refuse(entry, bytes) {
-        this.#fail(entry, ownProblem("file_too_large", texts.tooLarge(size(bytes), this.#limit.words)));
+        this.#fail(entry, ownProblem("file_too_large", texts.tooLarge(size(bytes), bytes, this.#limit.words)));
     }
 
     #fail(entry, problem) {

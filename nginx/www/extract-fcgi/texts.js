@@ -36,7 +36,7 @@ export const texts = {
     choose: "Choose files",
     photograph: "Take a photograph",
     formats: "PDF, PNG, JPEG, WEBP, HEIC.",
-    limit: (size) => `Up to ${size} each.`,
+    limit: (most) => `Up to ${most} each.`,
     costs: "Each invoice that is read uses up some of your company’s tokens.",
     start: (count) => (count === 0 ? "Read invoices" : count === 1 ? "Read 1 invoice" : `Read ${count} invoices`),
     folder: (name) => `${name} is a folder: choose the files in it.`,
@@ -72,7 +72,7 @@ export const texts = {
     leaving: "Invoices are still under way.",
 
     // Failures
-    tooLarge: (size, limit) => `This file makes an upload of ${size}, and the limit is ${limit}. It was not sent.`,
+    tooLarge: (big, bytes, limit) => `This file makes an upload of ${big} (${bytes} bytes), and the limit is ${limit}. It was not sent.`,
     unreadable: "The browser cannot read this file. It was not sent.",
     noAnswer: "The connection broke before an answer came.",
     timeout: "No answer came in time.",

@@ -51,7 +51,12 @@ PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
-TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist procps sqlite3 nodejs npm freetds-bin systemd mandoc
+WWW_PACKAGES   := nodejs npm
+TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist python3-jsonschema python3-yaml python3-requests procps sqlite3 $(WWW_PACKAGES) \
+                  freetds-bin systemd mandoc mono-mcs mono-runtime libmono-system-net-http4.0-cil libmono-system-runtime-serialization4.0-cil
+BROWSER_PACKAGES := chromium fonts-dejavu-core
+BENCH_PACKAGES := wrk libnginx-mod-http-lua python3-fastapi python3-uvicorn python3-httpx python3-multipart \
+                  python3-pyodbc tdsodbc eatmydata strace valgrind
 DEB_PACKAGES   := dpkg-dev binutils xz-utils
 PACKAGE_PACKAGES := debootstrap systemd-container lintian git curl iproute2
 LINT_PACKAGES  := clang clang-format clang-tidy libclang-rt-14-dev
@@ -86,29 +91,45 @@ $(BUILD)/tests/unit/test_store: $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/uni
 
 -include $(wildcard $(BUILD)/fcgi-app/*.d $(BUILD)/tests/unit/*.d $(BUILD)/tests/fuzz/*.d)
 
+# The dashboard's plots are drawn by uPlot, from npm, its version and checksum in nginx/package-lock.json.
+WWW   := nginx/www/extract-fcgi
+UPLOT := $(WWW)/uplot.js $(WWW)/uplot.css $(WWW)/uplot.txt
+www: $(UPLOT) ## Copy what the dashboard needs from npm into nginx/www/
+
+$(UPLOT) &: nginx/package.json nginx/package-lock.json
+	@mkdir -p $(BUILD)/npm
+	cp nginx/package.json nginx/package-lock.json nginx/.npmrc $(BUILD)/npm
+	cd $(BUILD)/npm && npm ci --loglevel=error --no-audit --no-fund
+	install -m 644 $(BUILD)/npm/node_modules/uplot/dist/uPlot.esm.js $(WWW)/uplot.js
+	install -m 644 $(BUILD)/npm/node_modules/uplot/dist/uPlot.min.css $(WWW)/uplot.css
+	install -m 644 $(BUILD)/npm/node_modules/uplot/LICENSE $(WWW)/uplot.txt
+
 deps: ## Install what building and running need (Debian 12; root or sudo)
-	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES)
+	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES) $(WWW_PACKAGES)
 
 deps-check: ## Install what the tests need, too
 	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES) $(TEST_PACKAGES)
+
+deps-bench:
+	@tests/install-packages $(BUILD_PACKAGES) $(RUN_PACKAGES) $(TEST_PACKAGES) $(BENCH_PACKAGES)
 
 deps-lint:
 	@tests/install-packages $(BUILD_PACKAGES) $(TEST_PACKAGES) $(LINT_PACKAGES)
 
 run: ## Install, build, start everything on https://localhost:8443, extract a sample; until Ctrl-C
 	@$(MAKE) --no-print-directory deps
-	@$(MAKE) --no-print-directory -j2 all
+	@$(MAKE) --no-print-directory -j2 all www
 	@BUILD=$(BUILD) tests/demo
 
 demo: ## The same without staying: exit 0 only if the extraction succeeded
 	@$(MAKE) --no-print-directory deps
-	@$(MAKE) --no-print-directory -j2 all
+	@$(MAKE) --no-print-directory -j2 all www
 	@BUILD=$(BUILD) tests/demo --once
 
 check: ## Install what tests need, build, run all tests
 	@$(MAKE) --no-print-directory deps-check
 	@$(MAKE) --no-print-directory -j2 all $(UNITS)
-	@$(MAKE) --no-print-directory check-unit check-emulator check-e2e
+	@$(MAKE) --no-print-directory check-unit check-emulator check-openapi check-e2e
 
 units: $(UNITS)
 
@@ -119,8 +140,17 @@ check-emulator: ## The tests of what stands in for others: Gemini (with Google's
 	$(PYTEST) tests/emulator tests/tds_server
 	tests/genai/run
 
-check-e2e: all ## The whole thing through a real nginx; T='-k name' chooses tests
+check-openapi: ## nginx/openapi.yaml against the schema of OpenAPI 3.1 (that the service keeps to it, check-e2e looks at)
+	tests/openapi/run
+
+check-e2e: all www ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
+
+# The fixtures are those of tests/e2e; node's own lines are the report.
+check-browser: all www ## The page and the dashboard in Chromium; T='-k page' and BROWSER_TESTS='pattern' choose tests, SCREENSHOTS=dir keeps pictures
+	@tests/install-packages $(RUN_PACKAGES) $(TEST_PACKAGES) $(BROWSER_PACKAGES)
+	cd tests/browser && { [ -d node_modules/playwright-core ] || npm ci --loglevel=error --no-audit --no-fund; }
+	BUILD=$(BUILD) PYTHONPATH=tests/e2e $(PYTEST) -s tests/browser $(T)
 
 check-faults: all ## The fault matrix: kills, outages, full disks, broken networks (tests/README.md); T chooses
 	BUILD=$(BUILD) $(PYTEST) tests/faults $(T)
@@ -142,6 +172,20 @@ check-mssql: all $(BUILD)/tests/unit/test_store ## All that uses the store, on a
 
 MSSQL = MSSQL_SERVER='$(MSSQL_SERVER)' MSSQL_USER='$(MSSQL_USER)' MSSQL_PASSWORD_FILE='$(abspath $(MSSQL_PASSWORD_FILE))' \
         MSSQL_ENCRYPT='$(or $(MSSQL_ENCRYPT),$(if $(MSSQL_CA_FILE),require,off))' MSSQL_CA_FILE='$(MSSQL_CA_FILE)' MSSQL_RIGHTS='$(or $(MSSQL_RIGHTS),yes)'
+
+bench: ## Measure, beside what people would use instead: PART=throughput,latency,cost,memory,growth,mssql RUNS=5 (tests/bench/README.md)
+	@$(MAKE) --no-print-directory deps-bench
+	@$(MAKE) --no-print-directory -j2 all $(BUILD)/tests/bench/floor $(BUILD)/tests/bench/count_io.so
+	@$(if $(MSSQL_SERVER),$(MSSQL)) BUILD=$(BUILD) PART='$(PART)' RUNS='$(RUNS)' PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 \
+	    /usr/bin/python3 tests/bench/bench.py
+
+$(BUILD)/tests/bench/floor: tests/bench/floor.c Makefile
+	@mkdir -p $(@D)
+	$(Q)$(CC) -std=c17 $(CPPFLAGS) $(WARNINGS) -O2 -g -pthread -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+$(BUILD)/tests/bench/count_io.so: tests/bench/count_io.c Makefile
+	@mkdir -p $(@D)
+	$(Q)$(CC) -std=c17 -D_GNU_SOURCE $(WARNINGS) -O2 -fno-builtin -fPIC -shared -o $@ $<
 
 # make fuzz: two at a time, each with an output of its own, as tests/fuzz/README.md says.
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
@@ -197,7 +241,7 @@ $(BUILD)/man/%: systemd/man/%.in systemd/man/generate $(PROGRAMS:%=$(BUILD)/%)
 	@echo '  MAN   $@'
 	$(Q)systemd/man/generate $(BUILD) $< >$@
 
-install: all manuals ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
+install: all manuals www ## Install programs, units, guides, and a configuration where there is none (DESTDIR, prefix)
 	install -D -m 755 -t $(DESTDIR)$(sbindir) $(BUILD)/extract-fcgi
 	install -D -m 755 -t $(DESTDIR)$(bindir) $(BUILD)/extractctl
 	install -d -m 755 $(DESTDIR)$(unitdir)
@@ -210,7 +254,8 @@ install: all manuals ## Install programs, units, guides, and a configuration whe
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
 	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
 	$(PLACE) systemd/README.md > $(INSTALLED)/systemd/README.md
-	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md
+	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md nginx/openapi.yaml
+	install -D -m 644 -t $(INSTALLED)/nginx/www/extract-fcgi nginx/www/extract-fcgi/*
 	install -D -m 644 -t $(INSTALLED)/sql sql/*.sql sql/README.md
 	test -e $(CONFIG_FILE) || install -D -m 644 systemd/extract-fcgi.conf.example $(CONFIG_FILE)
 
@@ -224,7 +269,7 @@ uninstall: ## Remove what install has installed, but a configuration that was ed
 # The same tree gives the same bytes, wherever it lies: the last commit's time, which the files of `make dist` have, too.
 SOURCE_DATE_EPOCH ?= $(shell { test -e .git && git log -1 --format=%ct || stat -c %Y Makefile; } 2>/dev/null)
 deb: ## Build build/extract-fcgi_VERSION_ARCHITECTURE.deb, for Debian 12 (systemd/README.md, "From the package")
-	@tests/install-packages $(BUILD_PACKAGES) $(DEB_PACKAGES)
+	@tests/install-packages $(BUILD_PACKAGES) $(WWW_PACKAGES) $(DEB_PACKAGES)
 	@rm -rf $(BUILD)/deb/root
 	@$(MAKE) --no-print-directory -j2 BUILD=$(BUILD)/deb CFLAGS='-O2 -g -ffile-prefix-map=$(CURDIR)=.' all manuals
 	@$(MAKE) --no-print-directory BUILD=$(BUILD)/deb CFLAGS='-O2 -g -ffile-prefix-map=$(CURDIR)=.' \
@@ -237,10 +282,11 @@ dist: ## Build build/extract-fcgi-VERSION.tar.gz: the source of the last commit,
 	gzip -9nf $(BUILD)/extract-fcgi-$(VERSION).tar
 
 clean: ## Remove build/
-	rm -rf build tests/genai/node_modules
+	rm -rf build $(UPLOT) tests/genai/node_modules tests/openapi/node_modules tests/browser/node_modules
 
 help: ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-.PHONY: all units deps deps-check deps-lint run demo check check-unit check-emulator check-e2e check-faults check-package soak check-mssql fuzz fuzz-coverage \
-        fuzzers lint format manuals install uninstall deb dist clean help
+.PHONY: all www units deps deps-check deps-lint run demo check check-unit check-emulator check-openapi check-e2e check-browser check-faults check-package soak \
+        check-mssql bench deps-bench fuzz fuzz-coverage fuzzers lint format manuals \
+        install uninstall deb dist clean help

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/random.h>
 #include <time.h>
 
@@ -44,6 +45,63 @@ void clock_format(int64_t wall_ms, char out[CLOCK_TEXT_SIZE])
     gmtime_r(&seconds, &tm);
     strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%S", &tm);
     snprintf(out, CLOCK_TEXT_SIZE, "%.19s.%03uZ", date, (unsigned)(wall_ms % 1000) % 1000u);
+}
+
+/* "24h": that long ago. */
+static bool parse_ago(const char *text, int64_t *wall_ms)
+{
+    static const char units[] = "smhdw";
+    static const int64_t seconds[] = {1, 60, 3600, 24 * 3600, 7 * 24 * 3600};
+    size_t digits = strspn(text, "0123456789");
+    const char *unit = text[digits] != '\0' ? strchr(units, text[digits]) : NULL;
+
+    if (digits == 0 || digits > 6 || unit == NULL || text[digits + 1] != '\0')
+        return false;
+    *wall_ms = clock_wall_ms() - strtol(text, NULL, 10) * seconds[unit - units] * 1000;
+    return *wall_ms > 0;
+}
+
+/* strptime, which must take exactly len characters. NULL: it does not. */
+static const char *take(const char *text, size_t len, const char *format, struct tm *tm)
+{
+    const char *end = strptime(text, format, tm);
+    return end == text + len ? end : NULL;
+}
+
+/* The part of ISO 8601 that people write: a date, perhaps with a time, perhaps with a zone; UTC
+ * without one. */
+static bool parse_iso(const char *text, int64_t *wall_ms)
+{
+    struct tm tm = {0};
+    struct tm check;
+    long ms = 0;
+    time_t seconds;
+
+    text = take(text, 10, "%Y-%m-%d", &tm);
+    if (text != NULL && (*text == 'T' || *text == ' ')) {
+        text = take(text + 1, 5, "%H:%M", &tm);
+        if (text != NULL && *text == ':')
+            text = take(text + 1, 2, "%S", &tm);
+        if (text != NULL && *text == '.' && strspn(text + 1, "0123456789") == 3) {
+            ms = strtol(text + 1, NULL, 10);
+            text += 4;
+        }
+        if (text != NULL && *text != '\0')
+            text = take(text, *text == 'Z' ? 1 : 6, "%z", &tm);
+    }
+    if (text == NULL || *text != '\0' || labs(tm.tm_gmtoff) >= 15 * 3600)
+        return false;
+    check = tm;
+    seconds = timegm(&check); /* makes the 31st of February a day in March: then it differs */
+    if (check.tm_mday != tm.tm_mday || check.tm_hour != tm.tm_hour || check.tm_sec != tm.tm_sec)
+        return false;
+    *wall_ms = ((int64_t)seconds - tm.tm_gmtoff) * 1000 + ms;
+    return *wall_ms > 0;
+}
+
+bool clock_parse(const char *text, int64_t *wall_ms)
+{
+    return parse_ago(text, wall_ms) || parse_iso(text, wall_ms);
 }
 
 /* Days since 1970-01-01 of the nth Sunday (from 1) of a month. */

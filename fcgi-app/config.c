@@ -141,6 +141,10 @@ static const struct key table[] = {
      "mssql: login that extractctl uses instead"},
     {FILE_NAME(store, admin_password_file), "",
      "mssql: file with that login's password"},
+    {TEXT(store, reader_user, NULL), "",
+     "mssql: login that GET /admin/… reads with instead"},
+    {FILE_NAME(store, reader_password_file), "",
+     "mssql: file with that login's password"},
     {WORD(store, encrypt, encrypt_words), "require",
      "mssql: TLS: require, request (use it where offered) or off"},
     {FILE_NAME(store, ca_file), "system",
@@ -470,6 +474,7 @@ static enum err_code check_together(const struct loaded *loaded, struct err *err
     bool mssql = config->store.driver == DRIVER_MSSQL;
     const char *misfit = mssql ? misfit_of_mssql(config) : NULL;
     bool has_admin = config->store.admin_user[0] != '\0';
+    bool has_reader = config->store.reader_user[0] != '\0';
     const struct key *delay = find_key("retry", "initial_delay");
     bool delay_is_set = loaded->sources[delay - table].name != by_default;
     const struct {
@@ -485,6 +490,9 @@ static enum err_code check_together(const struct loaded *loaded, struct err *err
         {mssql && has_admin != (config->store.admin_password_file[0] != '\0'), "store",
          has_admin ? "admin_user" : "admin_password_file",
          "admin_user and admin_password_file belong together"},
+        {mssql && has_reader != (config->store.reader_password_file[0] != '\0'), "store",
+         has_reader ? "reader_user" : "reader_password_file",
+         "reader_user and reader_password_file belong together"},
         {config->retry.initial_delay_ms > config->retry.max_delay_ms, "retry",
          delay_is_set ? "initial_delay" : "max_delay",
          "initial_delay must not be longer than max_delay"},

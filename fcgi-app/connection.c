@@ -127,6 +127,8 @@ bool connection_read_head(struct connection *c)
     request->accepted_ms = clock_monotonic_ms();
     request->method = parameter(c, "REQUEST_METHOD");
     request->path = find_path(c);
+    request->query = parameter(c, "QUERY_STRING");
+    request->accept = parameter(c, "HTTP_ACCEPT");
     request->content_type = parameter(c, "CONTENT_TYPE");
     request->content_length = parse_length(parameter(c, "CONTENT_LENGTH"));
     request->body_file = parameter(c, "REQUEST_BODY_FILE");
@@ -159,6 +161,11 @@ static void write_response(struct connection *c, struct response *response)
         FCGX_FPrintF(out, "Allow: %s\r\n", response->allow);
     if (response->authenticate != NULL)
         FCGX_FPrintF(out, "WWW-Authenticate: %s\r\n", response->authenticate);
+    if (response->file_name != NULL)
+        FCGX_FPrintF(out, "Content-Disposition: attachment; filename=\"%s\"\r\n",
+                     response->file_name);
+    if (response->next_cursor != NULL)
+        FCGX_FPrintF(out, "X-Next-Cursor: %s\r\n", response->next_cursor);
     FCGX_PutS("Cache-Control: no-store\r\n\r\n", out);
     FCGX_PutStr(buf_str(&response->body), (int)len, out);
 }

@@ -197,10 +197,10 @@ static bool count_tokens(void *context, size_t columns, const char *const *names
 {
     struct token_counts *counts = context;
     size_t len = strlen(counts->text);
-    const char *status = columns == 2 && values[0].type == STORE_TEXT ? values[0].text : "?";
+    const char *status = columns >= 2 && values[0].type == STORE_TEXT ? values[0].text : "?";
 
     (void)names;
-    if (columns != 2)
+    if (columns < 2)
         return false;
     snprintf(counts->text + len, sizeof counts->text - len, "%s%" PRId64 " %s", len > 0 ? ", " : "",
              values[1].integer, status);

@@ -5,7 +5,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "clock.h"
 #include "ctl.h"
@@ -46,66 +45,13 @@ int ctl_show_row(const struct ctl *ctl, const struct ctl_cell *cells, size_t cou
 
 /* ---- the filter ---- */
 
-/* "24h": that long ago. */
-static bool parse_ago(const char *text, int64_t *wall_ms)
-{
-    static const char units[] = "smhdw";
-    static const int64_t seconds[] = {1, 60, 3600, 24 * 3600, 7 * 24 * 3600};
-    size_t digits = strspn(text, "0123456789");
-    const char *unit = text[digits] != '\0' ? strchr(units, text[digits]) : NULL;
-
-    if (digits == 0 || digits > 6 || unit == NULL || text[digits + 1] != '\0')
-        return false;
-    *wall_ms = clock_wall_ms() - strtol(text, NULL, 10) * seconds[unit - units] * 1000;
-    return *wall_ms > 0;
-}
-
-/* strptime, which must take exactly len characters. NULL: it does not. */
-static const char *take(const char *text, size_t len, const char *format, struct tm *tm)
-{
-    const char *end = strptime(text, format, tm);
-    return end == text + len ? end : NULL;
-}
-
-/* The part of ISO 8601 that people write: a date, perhaps with a time, perhaps with a zone; UTC
- * without one. */
-static bool parse_iso(const char *text, int64_t *wall_ms)
-{
-    struct tm tm = {0};
-    struct tm check;
-    long ms = 0;
-    time_t seconds;
-
-    text = take(text, 10, "%Y-%m-%d", &tm);
-    if (text != NULL && (*text == 'T' || *text == ' ')) {
-        text = take(text + 1, 5, "%H:%M", &tm);
-        if (text != NULL && *text == ':')
-            text = take(text + 1, 2, "%S", &tm);
-        if (text != NULL && *text == '.' && strspn(text + 1, "0123456789") == 3) {
-            ms = strtol(text + 1, NULL, 10);
-            text += 4;
-        }
-        if (text != NULL && *text != '\0')
-            text = take(text, *text == 'Z' ? 1 : 6, "%z", &tm);
-    }
-    if (text == NULL || *text != '\0' || labs(tm.tm_gmtoff) >= 15 * 3600)
-        return false;
-    check = tm;
-    seconds = timegm(&check); /* makes the 31st of February a day in March: then it differs */
-    if (check.tm_mday != tm.tm_mday || check.tm_hour != tm.tm_hour || check.tm_sec != tm.tm_sec)
-        return false;
-    *wall_ms = ((int64_t)seconds - tm.tm_gmtoff) * 1000 + ms;
-    return *wall_ms > 0;
-}
-
 static int read_time(const struct ctl *ctl, enum ctl_flag flag, const char *name, int64_t *wall_ms)
 {
     const char *text = ctl->values[flag];
 
-    if (text == NULL || parse_ago(text, wall_ms) || parse_iso(text, wall_ms))
+    if (text == NULL || clock_parse(text, wall_ms))
         return EXIT_OK;
-    return ctl_usage_error(ctl, "--%s must be like 2026-01-31, 2026-01-31T12:00:00Z, 24h or 7d",
-                           name);
+    return ctl_usage_error(ctl, "--%s must be like " CLOCK_TIMES, name);
 }
 
 static int read_filter(const struct ctl *ctl, struct store_filter *filter)
@@ -165,6 +111,7 @@ int ctl_usage(struct ctl *ctl)
         struct table_layout layout;
     } by[] = {
         {"day", VIEW_USAGE_BY_DAY, {.columns = "Day" SUMS}},
+        {"company", VIEW_USAGE_BY_COMPANY, {.columns = "CompanyID" SUMS}},
         {"branch", VIEW_USAGE_BY_BRANCH, {.columns = "CompanyID Branch" SUMS}},
         {"user", VIEW_USAGE_BY_USER, {.columns = "CompanyID RequestedBy" SUMS}},
         {"token", VIEW_USAGE_BY_TOKEN, {.columns = "CompanyID TokenID TokenSource" SUMS}},
@@ -174,7 +121,7 @@ int ctl_usage(struct ctl *ctl)
     for (size_t i = 0; i < sizeof by / sizeof by[0]; i++)
         if (strcmp(name, by[i].name) == 0)
             return ctl_show_view(ctl, by[i].view, &by[i].layout);
-    return ctl_usage_error(ctl, "--by must be day, branch, user or token");
+    return ctl_usage_error(ctl, "--by must be day, company, branch, user or token");
 }
 
 int ctl_logs(struct ctl *ctl)

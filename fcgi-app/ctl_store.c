@@ -136,7 +136,7 @@ int ctl_open_config(struct ctl *ctl)
         fprintf(stderr, CTL_NAME ": %s\n", err.message);
         return EXIT_USAGE;
     }
-    ctl->config->store.as_admin = true;
+    ctl->config->store.login = LOGIN_ADMIN;
     find_actor(ctl->actor, sizeof ctl->actor); /* before root becomes somebody else */
     return ctl_become_owner(ctl->config) ? EXIT_OK : EXIT_STORE;
 }

@@ -80,6 +80,13 @@ const struct err_info *err_info(enum err_code code)
     return &table[code];
 }
 
+enum err_code err_for_client(enum err_code code)
+{
+    if (code == ERR_SCHEMA)
+        return ERR_STORE_UNAVAILABLE;
+    return code > ERR_METHOD_NOT_ALLOWED ? ERR_INTERNAL : code;
+}
+
 enum err_code err_set(struct err *err, enum err_code code, const char *format, ...)
 {
     if (err != NULL) {

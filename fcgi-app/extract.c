@@ -70,7 +70,7 @@ static enum err_code authenticate(struct extraction *x)
     struct request *request = x->request;
     enum err_code code = ERR_NONE;
 
-    if (x->app->auth != NULL)
+    if (x->app->config->auth.mode == AUTH_BEARER)
         code = auth_check(x->app->auth, request->authorization, &x->client, &x->retry_after_s,
                           &x->err);
     explicit_bzero(request->authorization, strlen(request->authorization));
@@ -457,14 +457,9 @@ static void answer_success(struct extraction *x, const struct usage *usage,
 static enum err_code answer_failure(struct extraction *x, enum err_code code, bool spent,
                                     struct response *response)
 {
-    if (code == ERR_SCHEMA)
-        code = ERR_STORE_UNAVAILABLE;
-    else if (code > ERR_METHOD_NOT_ALLOWED)
-        code = ERR_INTERNAL;
+    code = err_for_client(code);
     bool ours = code == ERR_BAD_REQUEST || code == ERR_FILE_TOO_LARGE ||
                 code == ERR_REQUEST_IN_PROGRESS || code == ERR_ALREADY_PROCESSED;
-    if (code == ERR_UNAUTHENTICATED)
-        response->authenticate = "Bearer realm=\"extract-fcgi\"";
     response_problem(response, x->request, code, ours ? x->err.message : NULL, x->retry_after_s,
                      spent);
     return code;

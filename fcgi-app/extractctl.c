@@ -36,7 +36,7 @@ static const struct {
     [FLAG_THRESHOLD] =     {"threshold", "T", "share of the limit at which a warning is logged (default 0.8)"},
     [FLAG_PROVIDER] =      {"provider", "NAME", "default Gemini"},
     [FLAG_REASON] =        {"reason", "TEXT", "kept with the status"},
-    [FLAG_BY] =            {"by", "WHAT", "sum by day (default), branch, user or token"},
+    [FLAG_BY] =            {"by", "WHAT", "sum by day (default), company, branch, user or token"},
     [FLAG_ERRORS] =        {"errors", NULL, "ERROR and CRITICAL only"},
     [FLAG_REQUEST] =       {"request", "ID", "one request only"},
     [FLAG_SINCE] =         {"since", "TIME", "not older: 2026-01-31, 2026-01-31T12:00:00Z (both UTC), 24h or 7d ago"},

@@ -27,6 +27,9 @@
 
 #define MAX_ANSWER (16 * 1024 * 1024)
 #define MAX_PROMPT (1024 * 1024)
+#define LARGE_BODY (1024 * 1024) /* from here on libcurl gets a larger buffer */
+#define BUFFER_SIZE (32L * 1024) /* a thousand threads may have one each */
+#define LARGE_BUFFER_SIZE (256L * 1024)
 
 struct gemini {
     const struct config *config;
@@ -179,7 +182,9 @@ static void set_common_options(CURL *curl, const struct config *config)
     curl_easy_setopt(curl, CURLOPT_NETRC, (long)CURL_NETRC_IGNORED);
     curl_easy_setopt(curl, CURLOPT_PROXY,
                      config->gemini.proxy); /* "": none, whatever the environment */
-    curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, (long)CURL_HTTP_VERSION_2TLS);
+    /* A worker has one call at a time, and nothing that HTTP/2 could share a connection with; its
+     * frames and windows cost twice the processor time (tests/bench). */
+    curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, (long)CURL_HTTP_VERSION_1_1);
     curl_easy_setopt(curl, CURLOPT_SSLVERSION, (long)CURL_SSLVERSION_TLSv1_2);
     if (config->gemini.ca_file[0] != '\0')
         curl_easy_setopt(curl, CURLOPT_CAINFO, config->gemini.ca_file);
@@ -206,7 +211,6 @@ struct gemini_client *gemini_client_new(struct gemini *gemini)
     curl_easy_setopt(client->curl, CURLOPT_URL, gemini->url);
     curl_easy_setopt(client->curl, CURLOPT_POST, 1L);
     curl_easy_setopt(client->curl, CURLOPT_ACCEPT_ENCODING, "gzip");
-    curl_easy_setopt(client->curl, CURLOPT_UPLOAD_BUFFERSIZE, 128L * 1024);
     return client;
 }
 
@@ -575,6 +579,8 @@ void gemini_call(struct gemini_client *client, const struct gemini_call *call,
     set_header(&headers, "Expect:", &ok);
     curl_easy_setopt(curl, CURLOPT_HTTPHEADER, headers);
     curl_easy_setopt(curl, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t)body.size);
+    curl_easy_setopt(curl, CURLOPT_UPLOAD_BUFFERSIZE,
+                     body.size < LARGE_BODY ? BUFFER_SIZE : LARGE_BUFFER_SIZE);
     curl_easy_setopt(curl, CURLOPT_READFUNCTION, read_body);
     curl_easy_setopt(curl, CURLOPT_READDATA, &body);
     curl_easy_setopt(curl, CURLOPT_SEEKFUNCTION, seek_body);

@@ -27,6 +27,7 @@
 #include "server.h"
 
 #define EXIT_USAGE 2
+#define READER_CONNECTIONS 2
 
 /* How long the recorder may take in the end to write what is left. */
 #define FLUSH_MS 10000
@@ -130,6 +131,19 @@ static void raise_descriptor_limit(void)
     }
 }
 
+/* Administrators read by a login of its own, where there is one: it may not change anything, and its few
+ * connections are not the extractions'. */
+static struct store *open_reader(const struct config *config, struct store *store, struct err *err)
+{
+    struct config reader = *config;
+
+    if (config->store.driver != DRIVER_MSSQL || config->store.reader_user[0] == '\0')
+        return store;
+    reader.store.login = LOGIN_READER;
+    reader.store.pool_size = READER_CONNECTIONS;
+    return store_open(&reader, err);
+}
+
 static enum err_code open_app(struct app *app, struct err *err)
 {
     const struct config *config = app->config;
@@ -154,8 +168,8 @@ static enum err_code open_app(struct app *app, struct err *err)
         log_set_sink(recorder_log, app->recorder);
     if ((app->share = share_new(most)) == NULL)
         return err_set(err, ERR_INTERNAL, "out of memory");
-    if (config->auth.mode == AUTH_BEARER &&
-        (app->auth = auth_open(config, app->store, err)) == NULL)
+    if ((app->auth = auth_open(config, app->store, err)) == NULL ||
+        (app->reader = open_reader(config, app->store, err)) == NULL)
         return err->code;
     return store_start_background(app->store, err);
 }
@@ -167,6 +181,8 @@ static void close_app(struct app *app)
         recorder_stop(app->recorder, FLUSH_MS);
     }
     auth_close(app->auth);
+    if (app->reader != app->store)
+        store_close(app->reader);
     store_close(app->store);
     gemini_free(app->gemini);
     invoice_schema_free(app->schema);

@@ -8,6 +8,8 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "text.h"
+
 #define PDF_HEADER_WITHIN 1024
 #define PDF_END_WITHIN 65536
 
@@ -190,7 +192,7 @@ static int64_t count_pages(const unsigned char *data, size_t len)
     const unsigned char *at = data, *end = data + len;
     int64_t pages = 0;
 
-    while ((at = memmem(at, (size_t)(end - at), "/Type", 5)) != NULL) {
+    while ((at = text_find(at, (size_t)(end - at), "/Type", 5)) != NULL) {
         at += 5;
         while (at < end && (*at == ' ' || *at == '\r' || *at == '\n' || *at == '\t'))
             at++;

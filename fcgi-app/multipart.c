@@ -9,6 +9,8 @@
 #include <string.h>
 #include <strings.h>
 
+#include "text.h"
+
 #define MAX_BOUNDARY 70
 
 /* A piece of the body that is still to be read. */
@@ -234,7 +236,7 @@ enum err_code multipart_parse(struct arena *arena, const char *content_type, con
     if (left(&s) >= n - 2 && memcmp(s.at, delimiter + 2, n - 2) == 0) {
         s.at += n - 2;
     } else {
-        const char *first = memmem(s.at, left(&s), delimiter, n);
+        const char *first = text_find(s.at, left(&s), delimiter, n);
         if (first == NULL)
             return err_set(err, ERR_BAD_REQUEST, "The body does not begin with its boundary.");
         s.at = first + n;
@@ -248,7 +250,7 @@ enum err_code multipart_parse(struct arena *arena, const char *content_type, con
         if ((code = read_headers(&s, arena, part, err)) != ERR_NONE)
             return code;
         /* An empty part's CRLF may be the one that ended its header. */
-        const char *end = memmem(s.at - 2, left(&s) + 2, delimiter, n);
+        const char *end = text_find(s.at - 2, left(&s) + 2, delimiter, n);
         if (end == NULL)
             return err_set(
                 err, ERR_BAD_REQUEST,

@@ -24,6 +24,8 @@ void response_problem(struct response *response, const struct request *request, 
         detail = info->detail;
     response->status = info->status;
     response->content_type = "application/problem+json";
+    response->authenticate = code == ERR_UNAUTHENTICATED ? "Bearer realm=\"extract-fcgi\"" : NULL;
+    response->file_name = response->next_cursor = NULL;
     response->retry_after_s = retry_after_s > 0 ? retry_after_s : info->retry_after_s;
     buf_clear(b);
     buf_printf(b, "{\"type\": \"about:blank\", \"title\": \"%s\", \"status\": %d, \"detail\": ",

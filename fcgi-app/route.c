@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "admin.h"
 #include "extract.h"
 #include "health.h"
 #include "log.h"
@@ -13,12 +14,19 @@ static const struct route {
     const char *path;
     const char *methods; /* as the Allow header lists them */
     void (*work)(struct worker *, struct request *, struct response *);
-    void (*at_once)(struct app *, struct request *, struct response *);
+    void (*other)(struct app *, struct request *, struct response *);
+    enum route_lane lane;
 } routes[] = {
-    {"/extract", "POST", extract_handle, NULL},
-    {"/healthz", "GET, HEAD", NULL, health_live},
-    {"/readyz", "GET, HEAD", NULL, health_ready},
-    {"/metrics", "GET, HEAD", NULL, health_metrics},
+    {"/extract", "POST", extract_handle, NULL, ROUTE_WORKER},
+    {"/healthz", "GET, HEAD", NULL, health_live, ROUTE_AT_ONCE},
+    {"/readyz", "GET, HEAD", NULL, health_ready, ROUTE_AT_ONCE},
+    {"/metrics", "GET, HEAD", NULL, health_metrics, ROUTE_AT_ONCE},
+    {"/admin/tokens", "GET, HEAD", NULL, admin_handle, ROUTE_READER},
+    {"/admin/usage", "GET, HEAD", NULL, admin_handle, ROUTE_READER},
+    {"/admin/errors", "GET, HEAD", NULL, admin_handle, ROUTE_READER},
+    {"/admin/retries", "GET, HEAD", NULL, admin_handle, ROUTE_READER},
+    {"/admin/unsettled", "GET, HEAD", NULL, admin_handle, ROUTE_READER},
+    {"/admin/outbox", "GET, HEAD", NULL, admin_handle, ROUTE_READER},
 };
 
 static const struct route *find(const char *path)
@@ -44,9 +52,7 @@ enum route_lane route_lane(const struct request *request)
 {
     const struct route *route = find(request->path);
 
-    return route != NULL && route->work != NULL && allowed(route->methods, request->method)
-               ? ROUTE_WORKER
-               : ROUTE_AT_ONCE;
+    return route != NULL && allowed(route->methods, request->method) ? route->lane : ROUTE_AT_ONCE;
 }
 
 void route_work(struct worker *worker, struct request *request, struct response *response)
@@ -54,7 +60,7 @@ void route_work(struct worker *worker, struct request *request, struct response 
     find(request->path)->work(worker, request, response);
 }
 
-void route_at_once(struct app *app, struct request *request, struct response *response)
+void route_other(struct app *app, struct request *request, struct response *response)
 {
     const struct route *route = find(request->path);
     enum err_code code = route == NULL                               ? ERR_NOT_FOUND
@@ -63,7 +69,7 @@ void route_at_once(struct app *app, struct request *request, struct response *re
 
     request_drain(request);
     if (code == ERR_NONE) {
-        route->at_once(app, request, response);
+        route->other(app, request, response);
         return;
     }
     response_problem(response, request, code, NULL, 0, false);

@@ -1,9 +1,10 @@
 /* server.c - the queue and the threads. See server.h; acceptor.c brings the connections, connection.c
  * speaks FastCGI with them, server_inside.h says what they share.
  *
- * Three lanes, each a list with its threads:
+ * Four lanes, each a list with its threads:
  *   work     the bounded queue; the workers
  *   at once  health, metrics, unknown paths
+ *   reading  administrators' queries, which may take as long as the store does; bounded, too
  *   refused  what the queue has no room for, and whatever else comes with a body that nobody wants;
  *            its threads also take from the queue what has waited past queue_wait
  * All of it is under one mutex, which is never held during I/O.
@@ -29,6 +30,8 @@
 
 #define SPARE_SLOTS 64
 #define AT_ONCE_THREADS 2
+#define READING_THREADS 2
+#define READING_MAX 16 /* that wait */
 #define REFUSING_THREADS 2
 #define DRAIN_MS 2000
 #define WATCH_EVERY_MS 250
@@ -193,26 +196,38 @@ static void *worker_main(void *argument)
     return NULL;
 }
 
-static void *at_once_main(void *argument)
+static void serve_lane(struct server *server, struct lane *lane)
 {
-    struct server *server = argument;
     struct response response;
     struct slot *slot;
 
     pthread_mutex_lock(&server->mutex);
     for (;;) {
-        while (server->at_once.first == NULL && !server->closing)
-            pthread_cond_wait(&server->at_once.some, &server->mutex);
-        if ((slot = lane_take(&server->at_once)) == NULL)
+        while (lane->first == NULL && !server->closing)
+            pthread_cond_wait(&lane->some, &server->mutex);
+        if ((slot = lane_take(lane)) == NULL)
             break;
         pthread_mutex_unlock(&server->mutex);
         response_init(&response);
         server_read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);
-        route_at_once(server->app, &slot->connection.request, &response);
+        route_other(server->app, &slot->connection.request, &response);
         finish(server, slot, &response);
         pthread_mutex_lock(&server->mutex);
     }
     pthread_mutex_unlock(&server->mutex);
+}
+
+static void *at_once_main(void *argument)
+{
+    struct server *server = argument;
+    serve_lane(server, &server->at_once);
+    return NULL;
+}
+
+static void *reading_main(void *argument)
+{
+    struct server *server = argument;
+    serve_lane(server, &server->reading);
     return NULL;
 }
 
@@ -241,7 +256,7 @@ static struct slot *next_refused(struct server *server)
 static void refuse(struct app *app, struct request *request, struct response *response)
 {
     if (route_lane(request) == ROUTE_AT_ONCE) {
-        route_at_once(app, request, response);
+        route_other(app, request, response);
         return;
     }
     request_drain(request);
@@ -288,6 +303,8 @@ void server_dispatch(struct server *server, struct slot *slot)
     if (lane == ROUTE_AT_ONCE) {
         bool has_body = slot->connection.request.content_length > 0;
         lane_put(has_body ? &server->refused : &server->at_once, slot);
+    } else if (lane == ROUTE_READER) {
+        lane_put(server->reading.count < READING_MAX ? &server->reading : &server->refused, slot);
     } else if (server->work.count < server->app->config->server.queue + server->idle_workers) {
         lane_put(&server->work, slot);
         metrics_add(METRIC_QUEUED, 1);
@@ -320,6 +337,7 @@ static void server_free(struct server *server)
     acceptor_close(server);
     pthread_cond_destroy(&server->work.some);
     pthread_cond_destroy(&server->at_once.some);
+    pthread_cond_destroy(&server->reading.some);
     pthread_cond_destroy(&server->refused.some);
     pthread_cond_destroy(&server->watch);
     pthread_mutex_destroy(&server->mutex);
@@ -350,6 +368,7 @@ static struct server *server_new(struct app *app, int drain_fd, struct err *err)
     condition_init(&server->watch);
     lane_init(&server->work);
     lane_init(&server->at_once);
+    lane_init(&server->reading);
     lane_init(&server->refused);
     if (connection_init(err) == ERR_NONE && acceptor_open(server, err) == ERR_NONE)
         return server;
@@ -397,6 +416,8 @@ static bool start_threads(struct server *server, struct threads *threads,
     }
     for (int i = 0; ok && i < AT_ONCE_THREADS; i++)
         ok = start_listed(threads, at_once_main, server);
+    for (int i = 0; ok && i < READING_THREADS; i++)
+        ok = start_listed(threads, reading_main, server);
     for (int i = 0; ok && i < REFUSING_THREADS; i++)
         ok = start_listed(threads, refusing_main, server);
     return ok;
@@ -409,6 +430,7 @@ static void end_threads(struct server *server, struct threads *threads,
     server->closing = true;
     pthread_cond_broadcast(&server->work.some);
     pthread_cond_broadcast(&server->at_once.some);
+    pthread_cond_broadcast(&server->reading.some);
     pthread_cond_broadcast(&server->refused.some);
     pthread_mutex_unlock(&server->mutex);
     for (int i = 0; i < threads->count; i++)
@@ -432,7 +454,8 @@ enum err_code server_run(struct app *app, int drain_fd, struct err *err)
         return err->code;
     struct threads threads = {0};
     struct worker_start *workers = calloc((size_t)count, sizeof *workers);
-    threads.list = calloc((size_t)count + AT_ONCE_THREADS + REFUSING_THREADS, sizeof *threads.list);
+    threads.list = calloc((size_t)count + AT_ONCE_THREADS + READING_THREADS + REFUSING_THREADS,
+                          sizeof *threads.list);
     enum err_code code = ERR_NONE;
     if (workers == NULL || threads.list == NULL) {
         code = err_set(err, ERR_INTERNAL, "out of memory");

@@ -872,9 +872,28 @@ enum err_code store_client_key_revoke(struct store *store, const char *actor, co
     return store->driver->client_key_revoke(store->self, actor, id, err);
 }
 
+static enum err_code query_outbox(struct store *store, enum store_view view,
+                                  const struct store_filter *filter, store_row *row, void *context,
+                                  struct err *err)
+{
+    struct store_outbox_status status = {0};
+    struct outbox *outbox = NULL;
+    enum err_code code = find_outbox(store, &outbox, err);
+
+    if (code == ERR_NONE && view == VIEW_OUTBOX)
+        return outbox == NULL ? ERR_NONE : outbox_query(outbox, filter, row, context, err);
+    if (code == ERR_NONE && outbox != NULL)
+        code = outbox_status(outbox, &status, err);
+    if (code == ERR_NONE)
+        outbox_show_status(&status, row, context);
+    return code;
+}
+
 enum err_code store_query(struct store *store, enum store_view view,
                           const struct store_filter *filter, store_row *row, void *context,
                           struct err *err)
 {
+    if (view == VIEW_OUTBOX || view == VIEW_OUTBOX_BY_STATE)
+        return query_outbox(store, view, filter, row, context, err);
     return store->driver->query(store->self, view, filter, row, context, err);
 }

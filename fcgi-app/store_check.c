@@ -9,7 +9,6 @@
 /* Input beyond these is refused: it cannot be meant, and sums must not overflow. */
 #define COUNT_MAX INT64_C(1000000000000000) /* tokens */
 #define SPAN_MAX INT64_C(31622400000)       /* 366 days, in milliseconds */
-#define WALL_MAX INT64_C(253402300799999)   /* the end of the year 9999 */
 #define ID_MAX_BYTES 64                     /* request and key identifiers */
 #define TEXT_MAX_BYTES (STORE_TEXT_SIZE - 1)
 
@@ -103,7 +102,7 @@ static const char *settlement_fault(const struct store_settlement *s)
         return "counts of calls must not be negative";
     if (s->duration_ms < 0)
         return "duration_ms must not be negative";
-    if (s->logged_ms < 0 || s->logged_ms > WALL_MAX)
+    if (s->logged_ms < 0 || s->logged_ms > CLOCK_WALL_MAX)
         return "logged_ms is no time";
     if (s->release_sequence < 0)
         return "release_sequence must not be negative";
@@ -301,6 +300,7 @@ enum { BY_COMPANY = 1, BY_REQUEST = 2, BY_TIME = 4, BY_ID = 8, BY_ALL = 15 };
 static const unsigned filters[] = {
     [VIEW_TOKENS] = BY_COMPANY | BY_TIME | BY_ID,
     [VIEW_USAGE_BY_DAY] = BY_COMPANY | BY_REQUEST | BY_TIME,
+    [VIEW_USAGE_BY_COMPANY] = BY_COMPANY | BY_REQUEST | BY_TIME,
     [VIEW_USAGE_BY_BRANCH] = BY_COMPANY | BY_REQUEST | BY_TIME,
     [VIEW_USAGE_BY_USER] = BY_COMPANY | BY_REQUEST | BY_TIME,
     [VIEW_USAGE_BY_TOKEN] = BY_COMPANY | BY_REQUEST | BY_TIME,

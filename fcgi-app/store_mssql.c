@@ -61,7 +61,8 @@ static void *store_mssql_open(const struct config *config, bool migrate, struct 
     store->timeout_ms = config->store.query_timeout_ms;
     store->pool_size = config->store.pool_size > 0 ? config->store.pool_size : POOL_DEFAULT;
     code = open_pool(store, config, err);
-    if (code == ERR_NONE)
+    /* A reader comes after the service, which has looked, and may read as little as that. */
+    if (code == ERR_NONE && config->store.login != LOGIN_READER)
         code = mssql_ensure_schema(store, migrate || config->store.auto_create, err);
     if (code != ERR_NONE) {
         store_mssql_close(store);

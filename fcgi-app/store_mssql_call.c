@@ -188,7 +188,8 @@ static enum err_code explain_server(const struct mssql_target *target,
     case ABOUT_RIGHTS:
         return err_set(err, error->code,
                        "SQL Server (%s): login %s may not do this (error %d): make its user a "
-                       "member of role extract_app, for extractctl of extract_admin",
+                       "member of role extract_app (for extractctl: extract_admin; for "
+                       "store.reader_user: extract_reader)",
                        place, target->user, number);
     case ABOUT_CALL:
         break;

@@ -13,6 +13,7 @@ static const struct view {
 } views[] = {
     [VIEW_TOKENS] = {"dbo.usp_ListTokens", NULL, NULL, 0},
     [VIEW_USAGE_BY_DAY] = {"dbo.usp_UsageReport", "day", NULL, 0},
+    [VIEW_USAGE_BY_COMPANY] = {"dbo.usp_UsageReport", "company", NULL, 0},
     [VIEW_USAGE_BY_BRANCH] = {"dbo.usp_UsageReport", "branch", NULL, 0},
     [VIEW_USAGE_BY_USER] = {"dbo.usp_UsageReport", "user", NULL, 0},
     [VIEW_USAGE_BY_TOKEN] = {"dbo.usp_UsageReport", "token", NULL, 0},

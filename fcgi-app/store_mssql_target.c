@@ -159,18 +159,32 @@ static enum err_code from_file(struct mssql_target *target, const struct config 
     return code;
 }
 
-/* extractctl's own login, where there is one. */
-static enum err_code use_admin(struct mssql_target *target, const struct config *config,
+/* The login of those who are not the service itself, where there is one. */
+static enum err_code use_login(struct mssql_target *target, const struct config *config,
                                struct err *err)
 {
-    if (!config->store.as_admin || config->store.admin_user[0] == '\0')
+    const struct {
+        const char *user, *password_file, *user_key, *password_key, *both;
+    } logins[] =
+        {
+            [LOGIN_SERVICE] = {.user = ""},
+            [LOGIN_ADMIN] = {config->store.admin_user, config->store.admin_password_file,
+                             "store.admin_user", "store.admin_password_file",
+                             "store.admin_user and store.admin_password_file"},
+            [LOGIN_READER] = {config->store.reader_user, config->store.reader_password_file,
+                              "store.reader_user", "store.reader_password_file",
+                              "store.reader_user and store.reader_password_file"},
+        },
+      *login = &logins[config->store.login];
+
+    if (login->user[0] == '\0')
         return ERR_NONE;
     free(target->password_file);
-    target->password_file = strdup(config->store.admin_password_file);
+    target->password_file = strdup(login->password_file);
     target->is_connection_file = false;
-    target->login_key = "store.admin_user and store.admin_password_file";
-    target->password_key = "store.admin_password_file";
-    return copy_name(target->user, config->store.admin_user, "store.admin_user", err);
+    target->login_key = login->both;
+    target->password_key = login->password_key;
+    return copy_name(target->user, login->user, login->user_key, err);
 }
 
 /* Which certificates are trusted. `request` looks at the server's only where a file is named: whoever
@@ -236,14 +250,15 @@ enum err_code mssql_target_init(struct mssql_target *target, const struct config
         code = config->store.connection_file[0] != '\0' ? from_file(target, config, &trust, err)
                                                         : from_keys(target, config, err);
     if (code == ERR_NONE)
-        code = use_admin(target, config, err);
+        code = use_login(target, config, err);
     if (code != ERR_NONE)
         return code;
     target->ca_file = strdup(choose_ca(target, config, trust));
     if (target->ca_file == NULL || target->password_file == NULL)
         return err_set(err, ERR_INTERNAL, "no memory");
     complete(target, config);
-    if (target->encrypt == ENCRYPT_REQUIRE && target->ca_file[0] == '\0' && !config->store.as_admin)
+    if (target->encrypt == ENCRYPT_REQUIRE && target->ca_file[0] == '\0' &&
+        config->store.login == LOGIN_SERVICE)
         log_warning(NULL, NULL,
                     "the certificate of SQL Server (%s) is not checked: "
                     "TrustServerCertificate=yes",

@@ -76,6 +76,17 @@ void sqlite_reader_give(struct sqlite_reader *reader)
     " FROM (SELECT u.*, IFNULL(u.CompanyID, t.CompanyID) AS Company FROM TokenUsageLogs u" \
     "       LEFT JOIN TokenMaster t ON t.TokenID = u.TokenID)"
 
+/* What remains, remains of a limit: without one there is none. OverThreshold counts also what is used
+ * up. Cooling: not to be used at this moment. */
+#define TOKEN_SUMS                                                                       \
+    "COUNT(*) AS Count, SUM(TotalTokenLimit IS NULL) AS Unlimited,"                      \
+    " SUM(TotalTokenLimit) AS TotalTokenLimit, SUM(TotalUsedTokens) AS TotalUsedTokens," \
+    " SUM(ReservedTokens) AS ReservedTokens,"                                            \
+    " SUM(TotalRemainingTokens) AS TotalRemainingTokens,"                                \
+    " SUM(IFNULL(TotalUsedTokens >= Threshold * TotalTokenLimit, 0)) AS OverThreshold,"  \
+    " SUM(IFNULL(CooldownUntil > strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), 0)) AS Cooling"  \
+    " FROM vw_TokenStatus"
+
 /* Which filters there are, store_check_filter knows. */
 struct view {
     const char *select;
@@ -100,6 +111,12 @@ static const struct view views[] = {
                            .time = "LoggedAt",
                            .group = "SUBSTR(LoggedAt, 1, 10)",
                            .order = "Day DESC"},
+    [VIEW_USAGE_BY_COMPANY] = {.select = "SELECT Company AS CompanyID, " USAGE_SUMS,
+                               .company = SAME_COMPANY("Company"),
+                               .request = "RequestID",
+                               .time = "LoggedAt",
+                               .group = "Company COLLATE NOCASE",
+                               .order = "TotalTokensUsed DESC, CompanyID"},
     [VIEW_USAGE_BY_BRANCH] = {.select = "SELECT Company AS CompanyID, Branch, " USAGE_SUMS,
                               .company = SAME_COMPANY("Company"),
                               .request = "RequestID",
@@ -154,7 +171,7 @@ static const struct view views[] = {
                         .time = "CreatedAt",
                         .id = "ReservationID",
                         .order = "ReservationID DESC"},
-    [VIEW_TOKENS_BY_STATUS] = {.select = "SELECT Status, COUNT(*) AS Count FROM TokenMaster",
+    [VIEW_TOKENS_BY_STATUS] = {.select = "SELECT Status, " TOKEN_SUMS,
                                .company = SAME_COMPANY("CompanyID"),
                                .group = "Status",
                                .order = "Status"},
@@ -230,20 +247,28 @@ static void read_value(sqlite3_stmt *statement, int column, struct store_value *
     }
 }
 
+/* Only once there is a row: the first step prepares the statement anew where the schema has changed. 0: too
+ * many. */
+static int read_names(sqlite3_stmt *statement, const char *names[COLUMNS_MAX])
+{
+    int columns = sqlite3_column_count(statement);
+
+    for (int i = 0; i < columns && columns <= COLUMNS_MAX; i++)
+        names[i] = sqlite3_column_name(statement, i);
+    return columns <= COLUMNS_MAX ? columns : 0;
+}
+
 static enum err_code hand_out(struct sqlite_reader *reader, sqlite3_stmt *statement, store_row *row,
                               void *context, struct err *err)
 {
     struct store_value values[COLUMNS_MAX];
     const char *names[COLUMNS_MAX];
-    int columns = sqlite3_column_count(statement);
-    int result = SQLITE_DONE;
+    int result = SQLITE_DONE, columns = 0;
     bool more = true;
 
-    if (columns > COLUMNS_MAX)
-        return err_set(err, ERR_INTERNAL, "embedded store: COLUMNS_MAX is too small");
-    for (int i = 0; i < columns; i++)
-        names[i] = sqlite3_column_name(statement, i);
     while (more && (result = sqlite3_step(statement)) == SQLITE_ROW) {
+        if (columns == 0 && (columns = read_names(statement, names)) == 0)
+            return err_set(err, ERR_INTERNAL, "embedded store: COLUMNS_MAX is too small");
         for (int i = 0; i < columns; i++)
             read_value(statement, i, &values[i]);
         int64_t start_ms = clock_monotonic_ms();

@@ -258,6 +258,14 @@ bool table_print(const struct table *table, const struct table_layout *layout, F
 
 /* ---- for machines ---- */
 
+static void append_real(struct buf *b, double real, const char *none)
+{
+    if (real - real == 0) /* neither JSON nor CSV has NaN or infinity */
+        buf_printf(b, "%.15g", real);
+    else
+        buf_append_str(b, none);
+}
+
 static void append_json(struct buf *b, const struct store_value *value)
 {
     switch (value->type) {
@@ -267,16 +275,27 @@ static void append_json(struct buf *b, const struct store_value *value)
     case STORE_INTEGER:
         buf_printf(b, "%lld", (long long)value->integer);
         break;
-    case STORE_REAL: /* JSON has no NaN and no infinity */
-        if (value->real - value->real == 0)
-            buf_printf(b, "%.15g", value->real);
-        else
-            buf_append_str(b, "null");
+    case STORE_REAL:
+        append_real(b, value->real, "null");
         break;
     case STORE_TEXT:
         buf_append_json(b, value->text, strlen(value->text));
         break;
     }
+}
+
+void table_append_json(struct buf *b, size_t columns, const char *const *names,
+                       const struct store_value *values)
+{
+    buf_append_char(b, '{');
+    for (size_t i = 0; i < columns; i++) {
+        if (i > 0)
+            buf_append_str(b, ", ");
+        buf_append_json(b, names[i], strlen(names[i]));
+        buf_append_str(b, ": ");
+        append_json(b, &values[i]);
+    }
+    buf_append_char(b, '}');
 }
 
 bool table_print_json(const struct table *table, FILE *out)
@@ -290,19 +309,57 @@ bool table_print_json(const struct table *table, FILE *out)
     fputc('[', out);
     for (size_t row = 0; row < table->rows && ok; row++) {
         buf_clear(&line);
-        buf_append_str(&line, row == 0 ? "\n  {" : ",\n  {");
-        for (size_t column = 0; column < table->columns; column++) {
-            if (column > 0)
-                buf_append_str(&line, ", ");
-            buf_append_json(&line, table->names[column], strlen(table->names[column]));
-            buf_append_str(&line, ": ");
-            append_json(&line, &table->cells[row * table->columns + column]);
-        }
-        buf_append_char(&line, '}');
+        buf_append_str(&line, row == 0 ? "\n  " : ",\n  ");
+        table_append_json(&line, table->columns, table->names, table->cells + row * table->columns);
         ok = buf_ok(&line);
         fputs(buf_str(&line), out);
     }
     fputs(table->rows > 0 ? "\n]\n" : "]\n", out);
     buf_reset(&line);
     return fflush(out) == 0 && !ferror(out) && ok;
+}
+
+/* A text that begins so may be a formula to a spreadsheet, or hide one (OWASP, "CSV Injection"). */
+static bool is_formula(const char *text)
+{
+    return *text != '\0' && strchr("=+-@\t\r", *text) != NULL;
+}
+
+static void append_csv_text(struct buf *b, const char *text)
+{
+    bool formula = is_formula(text);
+
+    if (!formula && text[strcspn(text, ",\"\r\n")] == '\0') {
+        buf_append_str(b, text);
+        return;
+    }
+    buf_append_str(b, formula ? "\"'" : "\"");
+    for (const char *quote; (quote = strchr(text, '"')) != NULL; text = quote + 1) {
+        buf_append(b, text, (size_t)(quote - text));
+        buf_append_str(b, "\"\"");
+    }
+    buf_append_str(b, text);
+    buf_append_char(b, '"');
+}
+
+void table_append_csv(struct buf *b, size_t columns, const struct store_value *values)
+{
+    for (size_t i = 0; i < columns; i++) {
+        if (i > 0)
+            buf_append_char(b, ',');
+        switch (values[i].type) {
+        case STORE_NULL:
+            break;
+        case STORE_INTEGER:
+            buf_printf(b, "%lld", (long long)values[i].integer);
+            break;
+        case STORE_REAL:
+            append_real(b, values[i].real, "");
+            break;
+        case STORE_TEXT:
+            append_csv_text(b, values[i].text);
+            break;
+        }
+    }
+    buf_append_str(b, "\r\n");
 }

@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <pthread.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -11,7 +13,86 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define IN_MEMORY_BELOW (1024 * 1024)
+/* ---- memory for uploads, used again: to the kernel, fresh pages cost more than filling them ---- */
+
+#define SMALLEST ((size_t)64 * 1024)        /* room is a power of two from here … */
+#define LARGEST ((size_t)8 * 1024 * 1024)   /* … to here; a larger upload goes to a file, */
+#define AT_ONCE ((size_t)128 * 1024 * 1024) /* and so does one that comes while so much is taken */
+#define KEPT ((size_t)16 * 1024 * 1024)     /* for the next uploads, at most */
+
+/* Lies in the memory itself. */
+struct spare {
+    struct spare *next;
+    size_t room;
+};
+
+static struct {
+    pthread_mutex_t lock;
+    struct spare *first; /* the one given back last */
+    size_t kept;
+    size_t taken;
+} memory = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static struct spare *find_spare(size_t room)
+{
+    for (struct spare **at = &memory.first; *at != NULL; at = &(*at)->next) {
+        struct spare *found = *at;
+        if (found->room == room) {
+            *at = found->next;
+            memory.kept -= room;
+            return found;
+        }
+    }
+    return NULL;
+}
+
+/* NULL: a file must do. */
+static void *take_memory(size_t size, size_t *room)
+{
+    void *found = NULL;
+
+    if (size > LARGEST)
+        return NULL;
+    for (*room = SMALLEST; *room < size; *room *= 2)
+        ;
+    pthread_mutex_lock(&memory.lock);
+    bool may = memory.taken + *room <= AT_ONCE;
+    if (may) {
+        memory.taken += *room;
+        found = find_spare(*room);
+    }
+    pthread_mutex_unlock(&memory.lock);
+    if (!may || found != NULL)
+        return found;
+    found = mmap(NULL, *room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found != MAP_FAILED) {
+        madvise(found, *room, MADV_DONTDUMP); /* people's invoices */
+        return found;
+    }
+    pthread_mutex_lock(&memory.lock);
+    memory.taken -= *room;
+    pthread_mutex_unlock(&memory.lock);
+    return NULL;
+}
+
+static void give_memory(void *data, size_t room)
+{
+    struct spare *spare = data;
+
+    pthread_mutex_lock(&memory.lock);
+    memory.taken -= room;
+    bool keep = memory.kept + room <= KEPT;
+    if (keep) {
+        *spare = (struct spare){.next = memory.first, .room = room};
+        memory.first = spare;
+        memory.kept += room;
+    }
+    pthread_mutex_unlock(&memory.lock);
+    if (!keep)
+        munmap(data, room);
+}
+
+/* ---- by FastCGI's stdin ---- */
 
 static enum err_code too_large(const struct config *config, struct err *err)
 {
@@ -28,18 +109,13 @@ static enum err_code too_large(const struct config *config, struct err *err)
 /* A nameless file of size bytes, its space allocated: writing to its mapping can't fail later. */
 static int open_spool(const char *state_dir, size_t size)
 {
-    int fd;
+    int fd = open(state_dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
 
-    if (size < IN_MEMORY_BELOW) {
-        fd = memfd_create("upload", MFD_CLOEXEC);
-    } else {
-        fd = open(state_dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-        if (fd < 0 && (errno == EOPNOTSUPP || errno == EISDIR)) { /* a file system without it */
-            char path[4096];
-            if ((size_t)snprintf(path, sizeof path, "%s/upload-XXXXXX", state_dir) < sizeof path &&
-                (fd = mkostemp(path, O_CLOEXEC)) >= 0)
-                unlink(path);
-        }
+    if (fd < 0 && (errno == EOPNOTSUPP || errno == EISDIR)) { /* a file system without it */
+        char path[4096];
+        if ((size_t)snprintf(path, sizeof path, "%s/upload-XXXXXX", state_dir) < sizeof path &&
+            (fd = mkostemp(path, O_CLOEXEC)) >= 0)
+            unlink(path);
     }
     if (fd < 0)
         return -1;
@@ -52,26 +128,44 @@ static int open_spool(const char *state_dir, size_t size)
     return fd;
 }
 
+static void *map_spool(const char *state_dir, size_t size, struct err *err)
+{
+    int fd = open_spool(state_dir, size);
+
+    if (fd < 0) {
+        err_set(err, ERR_STORAGE_FULL, "no spool of %zu bytes for the upload: %s", size,
+                strerror(errno));
+        return NULL;
+    }
+    void *map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (map != MAP_FAILED)
+        return map;
+    err_set(err, ERR_STORAGE_FULL, "the upload cannot be mapped: %s", strerror(errno));
+    return NULL;
+}
+
 static enum err_code open_stdin(struct upload *upload, struct request *request,
                                 const struct config *config, struct err *err)
 {
     size_t size = (size_t)request->content_length;
-    int fd = open_spool(config->server.state_dir, size);
+    void *data = take_memory(size, &upload->room);
 
-    if (fd < 0)
-        return err_set(err, ERR_STORAGE_FULL, "no spool of %zu bytes for the upload: %s", size,
-                       strerror(errno));
-    void *map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    close(fd);
-    if (map == MAP_FAILED)
-        return err_set(err, ERR_STORAGE_FULL, "the upload cannot be mapped: %s", strerror(errno));
-    upload->map = map;
-    upload->data = map;
+    if (data == NULL) {
+        upload->room = 0;
+        data = map_spool(config->server.state_dir, size, err);
+    }
+    if (data == NULL)
+        return err->code;
+    upload->map = data;
+    upload->data = data;
     upload->len = size;
-    if (request->read(request->io, map, size) < size)
+    if (request->read(request->io, data, size) < size)
         return err_set(err, ERR_BAD_REQUEST, "The upload stopped before its end.");
     return ERR_NONE;
 }
+
+/* ---- by path ---- */
 
 /* Opens path below dir; a symbolic link on the way, or a way out, is refused by the kernel. */
 static int open_beneath(const char *dir, const char *path)
@@ -136,6 +230,8 @@ static enum err_code open_body_file(struct upload *upload, struct request *reque
     return code;
 }
 
+/* ---- either ---- */
+
 enum err_code upload_open(struct upload *upload, struct request *request,
                           const struct config *config, struct err *err)
 {
@@ -159,7 +255,9 @@ enum err_code upload_open(struct upload *upload, struct request *request,
 
 void upload_close(struct upload *upload)
 {
-    if (upload->map != NULL)
+    if (upload->room > 0)
+        give_memory(upload->map, upload->room);
+    else if (upload->map != NULL)
         munmap(upload->map, upload->len);
     *upload = (struct upload){.data = ""};
 }

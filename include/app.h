@@ -19,7 +19,8 @@ struct app {
     struct invoice_schema *schema;
     struct gemini *gemini;
     struct share *share;
-    struct auth *auth;     /* NULL: auth.mode is none */
+    struct store *reader; /* of /admin: the second login's, or the same */
+    struct auth *auth;
     char *fallback_key;    /* NULL: no fallback */
     atomic_int long_waits; /* workers that wait on a rate limit's hint longer than max_delay */
 };

@@ -19,6 +19,11 @@ enum config_auth { AUTH_NONE, AUTH_BEARER };
 enum config_driver { DRIVER_SQLITE, DRIVER_MSSQL };
 enum config_encrypt { ENCRYPT_REQUIRE, ENCRYPT_REQUEST, ENCRYPT_OFF };
 enum config_fallback { FALLBACK_STORE_UNAVAILABLE, FALLBACK_NO_ACTIVE_TOKEN };
+enum config_login {
+    LOGIN_SERVICE,
+    LOGIN_ADMIN,
+    LOGIN_READER
+}; /* without one of its own: the service's */
 enum config_sink { SINK_STORE, SINK_STDERR };
 
 /* Strings are never NULL; an unset one is empty. Durations are in milliseconds, sizes in bytes. */
@@ -71,10 +76,12 @@ struct config {
         char *password_file;
         char *admin_user;
         char *admin_password_file;
+        char *reader_user;
+        char *reader_password_file;
         int encrypt; /* enum config_encrypt */
         char *ca_file;
         char *connection_file;
-        bool as_admin; /* no key: extractctl sets it, to log in as admin_user where there is one */
+        enum config_login login; /* no key: whoever opens the store says as whom */
     } store;
     struct {
         char *key_file;

@@ -65,6 +65,9 @@ struct err_info {
 /* The row of the table for code; ERR_INTERNAL's for a code without one. */
 const struct err_info *err_info(enum err_code code) __attribute__((returns_nonnull));
 
+/* What a client is told of a code that only an administrator meets; any other code as it is. */
+enum err_code err_for_client(enum err_code code);
+
 /* Sets code and message (printf-like, cut to fit) and returns code. err may be NULL. */
 enum err_code err_set(struct err *err, enum err_code code, const char *format, ...)
     PRINTF_LIKE(3, 4);

@@ -49,6 +49,13 @@ bool outbox_holds(struct outbox *outbox, const char *request_id);
 enum err_code outbox_status(struct outbox *outbox, struct store_outbox_status *status,
                             struct err *err) MUST_CHECK;
 
+/* Hands out the settlements and reservations that are dead or wait, newest first, to row; by company,
+ * request and time, without a limit. Others of the process wait meanwhile. Errors: ERR_STORAGE_FULL. */
+enum err_code outbox_query(struct outbox *outbox, const struct store_filter *filter, store_row *row,
+                           void *context, struct err *err) MUST_CHECK;
+/* The status as rows: one for what waits, for records and for what is dead. */
+void outbox_show_status(const struct store_outbox_status *status, store_row *row, void *context);
+
 /* How entries are replayed: each function returns the store's verdict. ERR_BAD_VALUE kills an entry,
  * as the 20th ERR_INTERNAL in one process does; before that, others of its token wait and the rest
  * passes. Any other error ends the drain, as go_on (may be NULL) does when it says false.

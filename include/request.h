@@ -15,7 +15,9 @@ struct request {
     struct arena arena;      /* freed after the response was written */
     char id[UUID_TEXT_SIZE]; /* RequestID */
     const char *method;
-    const char *path; /* without query */
+    const char *path;  /* without query */
+    const char *query; /* what follows the ?, as it came */
+    const char *accept;
     const char *content_type;
     int64_t content_length; /* -1: not said, or not a number */
     const char *body_file;  /* REQUEST_BODY_FILE */
@@ -35,6 +37,8 @@ struct response {
     int retry_after_s;        /* 0: no header */
     const char *allow;        /* a constant; NULL: no header */
     const char *authenticate; /* WWW-Authenticate: a constant; NULL: no header */
+    const char *file_name;   /* a browser saves it under this name: a constant; NULL: it shows it */
+    const char *next_cursor; /* X-Next-Cursor: the request's; NULL: no header */
     struct buf body;
 };
 
@@ -43,7 +47,7 @@ struct response {
 void response_init(struct response *response);
 void response_reset(struct response *response);
 
-/* Makes the response an application/problem+json (RFC 9457) for the code. detail NULL: the code's own.
+/* Makes the response an application/problem+json (RFC 9457) for the code, with the headers that it asks for. detail NULL: the code's own.
  * retry_after_s 0: the code's own. spent: were tokens used, or may they have been? */
 void response_problem(struct response *response, const struct request *request, enum err_code code,
                       const char *detail, int retry_after_s, bool spent);

@@ -7,7 +7,8 @@
 
 enum route_lane {
     ROUTE_WORKER, /* may take long: queued for a worker */
-    ROUTE_AT_ONCE /* answered by a thread of its own, whatever the workers do */
+    ROUTE_READER, /* asks the store, for people: a few threads, and a short queue */
+    ROUTE_AT_ONCE /* answered by a thread of its own, whatever the others do */
 };
 
 enum route_lane route_lane(const struct request *request);
@@ -15,7 +16,7 @@ enum route_lane route_lane(const struct request *request);
 /* Answers in the worker lane. */
 void route_work(struct worker *worker, struct request *request, struct response *response);
 
-/* Answers in the other lane; unknown paths and methods too. */
-void route_at_once(struct app *app, struct request *request, struct response *response);
+/* Answers in the other lanes; unknown paths and methods too. */
+void route_other(struct app *app, struct request *request, struct response *response);
 
 #endif

@@ -35,7 +35,7 @@ struct server {
     pthread_mutex_t mutex; /* over what follows */
     struct slot *free;
     size_t used; /* slots that are not free */
-    struct lane work, at_once, refused;
+    struct lane work, at_once, reading, refused;
     pthread_cond_t watch; /* the watchdog: the first slot is used; CLOCK_MONOTONIC */
     int idle_workers;
     bool pausing; /* the acceptor wants to hear of the next idle worker, by idle_fd */

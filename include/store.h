@@ -309,6 +309,7 @@ enum err_code store_client_key_revoke(struct store *store, const char *actor, co
 enum store_view {
     VIEW_TOKENS, /* vw_TokenStatus; the key only by its last four characters */
     VIEW_USAGE_BY_DAY,
+    VIEW_USAGE_BY_COMPANY,
     VIEW_USAGE_BY_BRANCH,
     VIEW_USAGE_BY_USER,
     VIEW_USAGE_BY_TOKEN,
@@ -317,9 +318,12 @@ enum store_view {
     VIEW_RETRIES,
     VIEW_RESERVATIONS,     /* all that are open or unsettled */
     VIEW_UNSETTLED,        /* vw_UnsettledRequests */
-    VIEW_TOKENS_BY_STATUS, /* status, count */
+    VIEW_TOKENS_BY_STATUS, /* status, count, sums */
     VIEW_CLIENT_KEYS,      /* never the hash */
-    VIEW_AUDIT
+    VIEW_AUDIT,
+    /* of this host's outbox: also while the store is away, and no driver is asked */
+    VIEW_OUTBOX,         /* what is dead or waits; never limited */
+    VIEW_OUTBOX_BY_STATE /* state, count, age */
 };
 
 /* Unset members: NULL, 0 or -1 as said. */
@@ -345,6 +349,7 @@ struct store_value {
 typedef bool store_row(void *context, size_t columns, const char *const *names,
                        const struct store_value *values);
 
+/* Reads a view. Nothing of it is held once this returns. */
 enum err_code store_query(struct store *store, enum store_view view,
                           const struct store_filter *filter, store_row *row, void *context,
                           struct err *err) MUST_CHECK;

@@ -1,4 +1,4 @@
-/* table.h - rows of the store, for people (aligned columns) or for machines (JSON).
+/* table.h - rows of the store, for people (aligned columns) or for machines (JSON, CSV).
  *
  * Rows are gathered first, since the width of a column is known only after the last one. */
 #ifndef EXTRACT_TABLE_H
@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdio.h>
 
+#include "buf.h"
 #include "err.h"
 #include "store.h"
 
@@ -38,5 +39,12 @@ bool table_print(const struct table *table, const struct table_layout *layout,
 
 /* For machines: one JSON array with an object a row, all columns. False as above. */
 bool table_print_json(const struct table *table, FILE *out) MUST_CHECK;
+
+/* One row by itself, as an object of JSON. */
+void table_append_json(struct buf *b, size_t columns, const char *const *names,
+                       const struct store_value *values);
+/* One row as a line of CSV (RFC 4180), NULL as an empty cell. A text that a spreadsheet could take for a
+ * formula (it begins with = + - @, a tab or a CR) gets a ' before it. */
+void table_append_csv(struct buf *b, size_t columns, const struct store_value *values);
 
 #endif

@@ -1,9 +1,9 @@
 /* upload.h - the request body in memory, by whichever transport it comes.
  *
- * From FastCGI's stdin: into an unlinked spool (memfd below 1 MiB, a nameless file in
- * server.state_dir above), mapped. By path (REQUEST_BODY_FILE): the web server's own file, opened
- * only below server.body_file_dir and never through a symbolic link, mapped. Either way a request
- * holds no copy in its own memory. */
+ * From FastCGI's stdin: into memory that is kept for the next uploads, up to 8 MiB, or where many are
+ * in hand already (128 MiB in all) or it is larger, into a nameless file in server.state_dir, mapped.
+ * By path (REQUEST_BODY_FILE): the web server's own file, opened only below server.body_file_dir and
+ * never through a symbolic link, mapped. */
 #ifndef EXTRACT_UPLOAD_H
 #define EXTRACT_UPLOAD_H
 
@@ -13,7 +13,8 @@
 struct upload {
     const char *data;
     size_t len;
-    void *map; /* NULL: nothing mapped */
+    void *map;   /* memory, or a file's; NULL: nothing */
+    size_t room; /* of memory; 0: a file's */
 };
 
 /* Errors: ERR_BAD_REQUEST (no Content-Length, upload stopped half-way), ERR_FILE_TOO_LARGE,

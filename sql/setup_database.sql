@@ -9,7 +9,7 @@
 -- it creates what is missing, replaces views, procedures and the trigger, and leaves every row as it
 -- is. Over the five plain tables of the system before this one it is the upgrade: what it found there,
 -- and what it did about it, is printed and stays in dbo.AuditLog (README.md, "Replacing the Python
--- service"). When all is well, the last that it prints is "schema version 3 is complete".
+-- service"). When all is well, the last that it prints is "schema version 4 is complete".
 --
 -- It comes in numbered steps, and each wants the one before done: a tool that goes on after an error
 -- (SSMS, tsql, sqlcmd without -b) gets no further, and the version is noted by the last step only.
@@ -25,7 +25,7 @@
 -- table of a few rows SQL Server would rather scan, and a scan asks for the locks of everybody.
 -- TR_TokenMaster_TotalTokenLimit alone goes the other way, and says why that is safe.
 --
--- Every view, procedure and trigger says "(schema 3)" in its first line: with a new version of this
+-- Every view, procedure and trigger says "(schema 4)" in its first line: with a new version of this
 -- script all of them change, and the last step looks for it.
 --
 -- The SETs are needed: tables with filtered indexes take no change from a session without them
@@ -999,7 +999,7 @@ GO
 -- Each token with its limit and use; of the key only its end.
 DROP VIEW IF EXISTS dbo.vw_TokenStatus
 GO
-CREATE VIEW dbo.vw_TokenStatus AS -- (schema 3)
+CREATE VIEW dbo.vw_TokenStatus AS -- (schema 4)
 SELECT t.TokenID,
        t.CompanyID,
        t.CompanyName,
@@ -1025,7 +1025,7 @@ GO
 -- What each company used with each token since the beginning, rolled-up months included.
 DROP VIEW IF EXISTS dbo.vw_UsageSummary
 GO
-CREATE VIEW dbo.vw_UsageSummary AS -- (schema 3)
+CREATE VIEW dbo.vw_UsageSummary AS -- (schema 4)
 SELECT ISNULL(u.CompanyID, t.CompanyID) AS CompanyID,
        u.TokenID,
        SUM(u.RequestCount) AS RequestCount,
@@ -1050,7 +1050,7 @@ GO
 -- Errors of the last seven days. Newest first: ORDER BY LogID DESC.
 DROP VIEW IF EXISTS dbo.vw_RecentErrors
 GO
-CREATE VIEW dbo.vw_RecentErrors AS -- (schema 3)
+CREATE VIEW dbo.vw_RecentErrors AS -- (schema 4)
 SELECT LogID, Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber,
        RequestID, Host
 FROM dbo.ApplicationLogs
@@ -1061,7 +1061,7 @@ GO
 -- Failed calls of requests that never got an answer from Gemini (they have no usage row).
 DROP VIEW IF EXISTS dbo.vw_FailedRetries
 GO
-CREATE VIEW dbo.vw_FailedRetries AS -- (schema 3)
+CREATE VIEW dbo.vw_FailedRetries AS -- (schema 4)
 SELECT r.RetryID, r.TokenID, r.CompanyID, r.Attempt, r.ErrorMessage, r.IsRetryable, r.Timestamp,
        r.RequestID, r.StatusCode, r.DelayMs
 FROM dbo.RetryAttempts r
@@ -1071,7 +1071,7 @@ GO
 -- Requests that may have been billed without a usage row, for a DBA to reconcile with Google's bill.
 DROP VIEW IF EXISTS dbo.vw_UnsettledRequests
 GO
-CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 3)
+CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 4)
 SELECT r.ReservationID, r.RequestID, r.Sequence, r.TokenID, r.CompanyID, r.Branch, r.RequestedBy,
        r.EstimatedTokens, r.State, r.UnknownCalls, r.TokenSource, r.Host, r.ProcessID, r.CreatedAt,
        r.ExpiresAt
@@ -1092,7 +1092,7 @@ GO
 -- RECURSIVE_TRIGGERS, and then finds that the limit is not touched.
 DROP TRIGGER IF EXISTS dbo.TR_TokenMaster_TotalTokenLimit
 GO
-CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 3)
+CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 4)
 AFTER UPDATE
 AS
 BEGIN
@@ -1148,7 +1148,7 @@ END
 GO
 
 -- Which schema is this? Where the procedure is missing, there is none.
-ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 3)
+ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 4)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1158,7 +1158,7 @@ END
 GO
 
 -- Is the store there? One row of a table, so that a database that is merely recovering says no.
-ALTER PROCEDURE dbo.usp_Ping -- (schema 3)
+ALTER PROCEDURE dbo.usp_Ping -- (schema 4)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1169,7 +1169,7 @@ GO
 
 -- For the procedures below: makes a token's row of TokenUsageSummary where it is missing, from what
 -- the other tables say. Whoever comes second gets a duplicate key, and the caller starts again.
-ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 3)
+ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 4)
     @TokenID BIGINT
 AS
 BEGIN
@@ -1196,7 +1196,7 @@ GO
 -- For the procedures below: what a failed call, or a limit, does to a token. @Status NULL: it cools
 -- down, and a cooldown is never shortened; else it gets that status, if it is still Active: whoever
 -- comes second changes nothing, and what took a token its status stays readable.
-ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 3)
+ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 4)
     @TokenID    BIGINT,
     @Status     NVARCHAR(20),
     @CooldownMs BIGINT,
@@ -1237,7 +1237,7 @@ GO
 -- For the procedures below: an API key without what clings to one that was pasted (line ends, spaces,
 -- control characters, at both ends). @Usable NULL: what is left is not 1 to 1024 visible ASCII
 -- characters, and could not be sent.
-ALTER PROCEDURE dbo.usp_UsableKey -- (schema 3)
+ALTER PROCEDURE dbo.usp_UsableKey -- (schema 4)
     @ApiKey NVARCHAR(4000),
     @Usable NVARCHAR(1024) OUTPUT
 AS
@@ -1264,7 +1264,7 @@ GO
 -- TokenID, takes its reservation only if there is still room. Where one has none left, all is taken
 -- back and done again with the Summary rows of every token in question locked first, in the same
 -- order; then what was read holds.
-ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 3)
+ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 4)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -1797,7 +1797,7 @@ GO
 -- has not come yet, a row in its place makes it reserve nothing when it does.
 -- idempotency 1: nothing was spent, the request's idempotency key may come again; 2: it is done.
 -- Since the token's Summary row is locked first, nobody else settles or releases the same meanwhile.
-ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 3)
+ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 4)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -2204,7 +2204,7 @@ GO
 -- Writes log entries and failed calls (two JSON arrays), all in one transaction. A text too long for
 -- its column is cut: a log entry is never refused. @Again 1: an earlier call with them may have
 -- succeeded; those that are there are not kept twice.
-ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 3)
+ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 4)
     @Entries  NVARCHAR(MAX),
     @Attempts NVARCHAR(MAX),
     @Again    INT = 0
@@ -2271,7 +2271,7 @@ GO
 -- Reservations past their time (their process died) become unsettled, with an unknown call. Called
 -- about once a minute, by any process; each token is a transaction of its own. Their requests'
 -- idempotency keys count as done; keys older than 24 hours go.
-ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 3)
+ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 4)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -2346,7 +2346,7 @@ GO
 
 -- For the procedures below: what is wrong with a text, NULL where nothing is; the phrase completes a
 -- sentence that begins with its name.
-ALTER PROCEDURE dbo.usp_TextFault -- (schema 3)
+ALTER PROCEDURE dbo.usp_TextFault -- (schema 4)
     @Text  NVARCHAR(4000),
     @Fault NVARCHAR(100) OUTPUT
 AS
@@ -2366,7 +2366,7 @@ GO
 -- A new token. @TotalTokenLimit NULL: no limit. @Threshold: the share of the limit at which one
 -- warning is logged; NULL or 0: 0.8. @Pending 1: it has no key yet and is Disabled; usp_ActivateToken, in
 -- the same transaction, brings the key, which may have been sealed for this TokenID.
-ALTER PROCEDURE dbo.usp_AddToken -- (schema 3)
+ALTER PROCEDURE dbo.usp_AddToken -- (schema 4)
     @Actor           NVARCHAR(4000),
     @CompanyID       NVARCHAR(4000),
     @CompanyName     NVARCHAR(4000) = NULL,
@@ -2423,7 +2423,7 @@ END
 GO
 
 -- The key of a token that usp_AddToken has added without one; it is Active from now on.
-ALTER PROCEDURE dbo.usp_ActivateToken -- (schema 3)
+ALTER PROCEDURE dbo.usp_ActivateToken -- (schema 4)
     @TokenID BIGINT,
     @ApiKey  NVARCHAR(4000)
 AS
@@ -2453,7 +2453,7 @@ END
 GO
 
 -- A token's status, by hand: Active, Expired, Exceeded or Disabled. Active ends a cooldown.
-ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 3)
+ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 4)
     @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
     @Status  NVARCHAR(4000),
@@ -2502,7 +2502,7 @@ END
 GO
 
 -- Another key for a token: the old one serves no request that begins after this.
-ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 3)
+ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 4)
     @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
     @ApiKey  NVARCHAR(4000)
@@ -2543,7 +2543,7 @@ GO
 
 -- The API keys as they are, plain or sealed, of up to @Rows tokens after that one; those that are longer
 -- than any key are left out. For extractctl, which seals them.
-ALTER PROCEDURE dbo.usp_ListTokenKeys -- (schema 3)
+ALTER PROCEDURE dbo.usp_ListTokenKeys -- (schema 4)
     @AfterID BIGINT,
     @Rows    INT
 AS
@@ -2558,7 +2558,7 @@ END
 GO
 
 -- The same key in another form, sealed or sealed anew: only from what usp_ListTokenKeys said of it.
-ALTER PROCEDURE dbo.usp_ResealToken -- (schema 3)
+ALTER PROCEDURE dbo.usp_ResealToken -- (schema 4)
     @Actor    NVARCHAR(4000),
     @TokenID  BIGINT,
     @ApiKey   NVARCHAR(4000),
@@ -2604,7 +2604,7 @@ GO
 
 -- A token's limit (NULL: none) and threshold (NULL or 0: unchanged). The sums follow; an Exceeded
 -- token with room again becomes Active, an Active one without becomes Exceeded.
-ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 3)
+ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 4)
     @Actor           NVARCHAR(4000),
     @TokenID         BIGINT,
     @TotalTokenLimit BIGINT,
@@ -2671,7 +2671,7 @@ GO
 
 -- Whose client key has this hash (SHA-256, 64 hexadecimal digits)? No row: unknown, or revoked.
 -- CompanyID NULL: an administrator's.
-ALTER PROCEDURE dbo.usp_FindClientKey -- (schema 3)
+ALTER PROCEDURE dbo.usp_FindClientKey -- (schema 4)
     @KeyHash NVARCHAR(64)
 AS
 BEGIN
@@ -2685,7 +2685,7 @@ GO
 
 -- A new client key: its ID (up to 32 hexadecimal digits) and hash; the key itself comes nowhere near the
 -- database. @CompanyID NULL: an administrator's.
-ALTER PROCEDURE dbo.usp_AddClientKey -- (schema 3)
+ALTER PROCEDURE dbo.usp_AddClientKey -- (schema 4)
     @Actor       NVARCHAR(4000),
     @ClientKeyID NVARCHAR(4000),
     @KeyHash     NVARCHAR(4000),
@@ -2737,7 +2737,7 @@ END
 GO
 
 -- Ends a client key: no request that begins after this is let in by it. One that is revoked stays as it is.
-ALTER PROCEDURE dbo.usp_RevokeClientKey -- (schema 3)
+ALTER PROCEDURE dbo.usp_RevokeClientKey -- (schema 4)
     @Actor       NVARCHAR(4000),
     @ClientKeyID NVARCHAR(4000)
 AS
@@ -2779,7 +2779,7 @@ GO
 -- 2026-11-22T12:13:21.123Z), IDs below @BeforeID (the next page), at most @Rows rows. Times come out
 -- as text in that form, newest rows first. RECOMPILE: one plan for all filters would be a bad one.
 -- vw_TokenStatus.
-ALTER PROCEDURE dbo.usp_ListTokens -- (schema 3)
+ALTER PROCEDURE dbo.usp_ListTokens -- (schema 4)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2820,9 +2820,9 @@ BEGIN
 END
 GO
 
--- What was used, by @By: day, branch, user or token. Rolled-up months are not in it (vw_UsageSummary).
+-- What was used, by @By: day, company, branch, user or token. Rolled-up months are not in it (vw_UsageSummary).
 -- North and north are two branches, whatever this database's collation; a company is one in any case.
-ALTER PROCEDURE dbo.usp_UsageReport -- (schema 3)
+ALTER PROCEDURE dbo.usp_UsageReport -- (schema 4)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2860,6 +2860,31 @@ BEGIN
           AND (@to IS NULL OR LoggedAt < @to)
         GROUP BY Day
         ORDER BY Day DESC
+        OPTION (RECOMPILE)
+    ELSE IF @By = N'company'
+        SELECT TOP (@Rows)
+               CAST(MIN(Company) AS NVARCHAR(256)) AS CompanyID,
+               COUNT(*) AS Requests,
+               SUM(RequestCount) AS RequestCount,
+               SUM(InputTokens) AS InputTokens,
+               SUM(OutputTokens) AS OutputTokens,
+               SUM(TextPromptTokens) AS TextPromptTokens,
+               SUM(ImagePromptTokens) AS ImagePromptTokens,
+               SUM(TextCandidatesTokens) AS TextCandidatesTokens,
+               SUM(ThoughtsTokens) AS ThoughtsTokens,
+               SUM(CachedTokens) AS CachedTokens,
+               SUM(TotalTokensUsed) AS TotalTokensUsed,
+               SUM(UnknownCalls) AS UnknownCalls
+        FROM (SELECT u.*, ISNULL(u.CompanyID, t.CompanyID) AS Company, CONVERT(NVARCHAR(10), u.LoggedAt, 126) AS Day,
+                     u.Branch COLLATE Latin1_General_BIN2 AS ExactBranch, u.RequestedBy COLLATE Latin1_General_BIN2 AS ExactUser
+              FROM dbo.TokenUsageLogs u
+              LEFT JOIN dbo.TokenMaster t ON t.TokenID = u.TokenID) q
+        WHERE (@CompanyID IS NULL OR UPPER(Company) = UPPER(@CompanyID))
+          AND (@RequestID IS NULL OR RequestID = @RequestID)
+          AND (@from IS NULL OR LoggedAt >= @from)
+          AND (@to IS NULL OR LoggedAt < @to)
+        GROUP BY Company
+        ORDER BY TotalTokensUsed DESC, MIN(Company)
         OPTION (RECOMPILE)
     ELSE IF @By = N'branch'
         SELECT TOP (@Rows)
@@ -2941,12 +2966,12 @@ BEGIN
         ORDER BY TotalTokensUsed DESC, MIN(Company), TokenID
         OPTION (RECOMPILE)
     ELSE
-        THROW 50001, N'@By must be day, branch, user or token', 1;
+        THROW 50001, N'@By must be day, company, branch, user or token', 1;
 END
 GO
 
 -- ApplicationLogs. An entry has no company but that of its request. @ErrorsOnly 1: ERROR and CRITICAL.
-ALTER PROCEDURE dbo.usp_ListLogs -- (schema 3)
+ALTER PROCEDURE dbo.usp_ListLogs -- (schema 4)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2985,7 +3010,7 @@ END
 GO
 
 -- RetryAttempts.
-ALTER PROCEDURE dbo.usp_ListRetries -- (schema 3)
+ALTER PROCEDURE dbo.usp_ListRetries -- (schema 4)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3021,7 +3046,7 @@ END
 GO
 
 -- Reservations that are open or unsettled. @UnsettledOnly 1: vw_UnsettledRequests.
-ALTER PROCEDURE dbo.usp_ListReservations -- (schema 3)
+ALTER PROCEDURE dbo.usp_ListReservations -- (schema 4)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3091,8 +3116,10 @@ BEGIN
 END
 GO
 
--- How many tokens have which status.
-ALTER PROCEDURE dbo.usp_CountTokens -- (schema 3)
+-- How many tokens have which status; what they have together. What remains, remains of a limit: a token
+-- without one (Unlimited) adds nothing to it. OverThreshold counts also what is used up. Cooling: not to be
+-- used at this moment.
+ALTER PROCEDURE dbo.usp_CountTokens -- (schema 4)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3106,8 +3133,15 @@ BEGIN
     SET @Rows = ISNULL(@Rows, 2147483647)
     SELECT TOP (@Rows)
            Status,
-           COUNT(*) AS Count
-    FROM dbo.TokenMaster
+           COUNT(*) AS Count,
+           SUM(CASE WHEN TotalTokenLimit IS NULL THEN 1 ELSE 0 END) AS Unlimited,
+           SUM(CAST(TotalTokenLimit AS BIGINT)) AS TotalTokenLimit,
+           SUM(CAST(TotalUsedTokens AS BIGINT)) AS TotalUsedTokens,
+           SUM(CAST(ReservedTokens AS BIGINT)) AS ReservedTokens,
+           SUM(CAST(TotalRemainingTokens AS BIGINT)) AS TotalRemainingTokens,
+           SUM(CASE WHEN TotalUsedTokens >= CASE WHEN Threshold > 1 THEN Threshold / 100 ELSE Threshold END * TotalTokenLimit THEN 1 ELSE 0 END) AS OverThreshold,
+           SUM(CASE WHEN CooldownUntil > SYSUTCDATETIME() THEN 1 ELSE 0 END) AS Cooling
+    FROM dbo.vw_TokenStatus
     WHERE (@CompanyID IS NULL OR UPPER(CompanyID) = UPPER(@CompanyID))
     GROUP BY Status
     ORDER BY Status
@@ -3116,7 +3150,7 @@ END
 GO
 
 -- AuditLog.
-ALTER PROCEDURE dbo.usp_ListAudit -- (schema 3)
+ALTER PROCEDURE dbo.usp_ListAudit -- (schema 4)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3151,7 +3185,7 @@ END
 GO
 
 -- ClientKeys, but for the hashes.
-ALTER PROCEDURE dbo.usp_ListClientKeys -- (schema 3)
+ALTER PROCEDURE dbo.usp_ListClientKeys -- (schema 4)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3184,7 +3218,8 @@ GO
 
 -- extract_app: the service. It may execute these procedures and touch no table: they reach the tables
 -- by ownership (both belong to dbo).
--- extract_reader: people who look. extract_admin: people who administrate tokens, with extractctl.
+-- extract_reader: people who look, and the service's second login for /admin (store.reader_user): views, and
+-- the procedures that read. extract_admin: people who administrate tokens, with extractctl.
 IF ISNULL(CAST(SESSION_CONTEXT(N'extract-fcgi setup') AS INT), 0) <> 8
     THROW 50001, N'extract-fcgi: the step before this one has failed', 1;
 IF NOT EXISTS (SELECT 1 FROM sys.database_principals WHERE name = N'extract_app')
@@ -3227,6 +3262,13 @@ GRANT EXECUTE ON dbo.usp_ListRetries TO extract_admin
 GRANT EXECUTE ON dbo.usp_ListReservations TO extract_admin
 GRANT EXECUTE ON dbo.usp_CountTokens TO extract_admin
 GRANT EXECUTE ON dbo.usp_ListAudit TO extract_admin
+GRANT EXECUTE ON dbo.usp_ListTokens TO extract_reader
+GRANT EXECUTE ON dbo.usp_UsageReport TO extract_reader
+GRANT EXECUTE ON dbo.usp_ListLogs TO extract_reader
+GRANT EXECUTE ON dbo.usp_ListRetries TO extract_reader
+GRANT EXECUTE ON dbo.usp_ListReservations TO extract_reader
+GRANT EXECUTE ON dbo.usp_CountTokens TO extract_reader
+GRANT EXECUTE ON dbo.usp_ListAudit TO extract_reader
 GRANT SELECT ON dbo.vw_TokenStatus TO extract_reader
 GRANT SELECT ON dbo.vw_UsageSummary TO extract_reader
 GRANT SELECT ON dbo.vw_RecentErrors TO extract_reader
@@ -3254,7 +3296,7 @@ FROM (VALUES (N'vw_TokenStatus'), (N'vw_UsageSummary'), (N'vw_RecentErrors'), (N
              (N'usp_CountTokens'), (N'usp_ListAudit'), (N'usp_ActivateToken'), (N'usp_ListTokenKeys'), (N'usp_ResealToken'),
              (N'usp_FindClientKey'), (N'usp_AddClientKey'), (N'usp_RevokeClientKey'), (N'usp_ListClientKeys')) AS v (name)
 WHERE NOT EXISTS (SELECT 1 FROM sys.sql_modules m
-                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 3)%')
+                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 4)%')
 IF @missing <> N''
 BEGIN
     SET @missing = N'extract-fcgi: the setup is not complete, and no version was noted. These are missing, or older:' + @missing;
@@ -3270,12 +3312,12 @@ IF OBJECT_ID(N'dbo.SchemaVersion', N'U') IS NULL
         CONSTRAINT CK_SchemaVersion_OneRow CHECK (SchemaVersionID = 1)
     )
 UPDATE dbo.SchemaVersion
-SET Version = 3, Major = 1, AppliedAt = SYSUTCDATETIME()
-WHERE SchemaVersionID = 1 AND Version < 3
+SET Version = 4, Major = 1, AppliedAt = SYSUTCDATETIME()
+WHERE SchemaVersionID = 1 AND Version < 4
 IF NOT EXISTS (SELECT 1 FROM dbo.SchemaVersion WHERE SchemaVersionID = 1)
-    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 3, 1)
+    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 4, 1)
 COMMIT TRANSACTION
-PRINT N'extract-fcgi: schema version 3 is complete'
+PRINT N'extract-fcgi: schema version 4 is complete'
 GO
 SET NOEXEC OFF
 GO

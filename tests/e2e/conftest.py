@@ -51,6 +51,7 @@ BUILD = Path(os.environ.get("BUILD", ROOT / "build")).resolve()
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin") or "nginx"
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("emulator", "samples", "tds_server")]
 
+import openapi  # noqa: E402
 from relay import Relay  # noqa: E402
 from tds import Closed  # noqa: E402
 from tds_client import Connection, SqlError  # noqa: E402
@@ -143,14 +144,19 @@ def emulator(_emulator: Emulator) -> Emulator:
 # ---- certificates and nginx ----
 
 
-@pytest.fixture(scope="session")
-def certificate() -> Iterator[Path]:
-    """A directory with cert.pem and key.pem for localhost, signed by itself."""
-    directory = Path(tempfile.mkdtemp(prefix="extract-tls-"))
+def make_certificate(directory: Path) -> None:
+    """cert.pem and key.pem for localhost, signed by itself."""
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
          "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
         cwd=directory, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def certificate() -> Iterator[Path]:
+    """A directory with cert.pem and key.pem for localhost."""
+    directory = Path(tempfile.mkdtemp(prefix="extract-tls-"))
+    make_certificate(directory)
     yield directory
     shutil.rmtree(directory)
 
@@ -534,6 +540,7 @@ class Stack:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             answer = Answer(response.status, response.headers, response.read())
+        openapi.hold(method, path, answer.status, answer.headers, answer.body)
         self.keeps_secret(f"the answer to {method} {path}", str(answer.headers).encode() + answer.body)
         return answer
 

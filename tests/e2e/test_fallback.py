@@ -108,7 +108,7 @@ def test_many_in_an_outage(fallback: Callable[..., Stack], emulator: Emulator, p
         answers = list(pool.map(lambda _: stack.post(pdf), range(12)))
         assert {answer.status for answer in answers} == {200}
         assert len(outbox(stack)) == 24
-    stack.ctl("outbox", "drain")  # beside the service, which does so too
+    stack.ctl("outbox", "drain", check=False)  # beside the service, which does so too: it may be the only one
     drained(stack)
     for answer in answers:
         assert [row["TokenSource"] for row in of(stack, "TokenUsageLogs", answer)] == ["fallback"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -551,6 +552,50 @@ def test_without_the_right_to_set_up(make: MakeStack, tds: TdsServer, emulator: 
     assert start(stack, **app, EXTRACT_STORE_DATABASE=empty).returncode == 0
 
 
+def test_administrators_read_by_a_login_of_their_own(make: MakeStack, tds: TdsServer, tmp_path: Path, pdf: bytes) -> None:
+    """One that cannot log in stops no extraction, and no start."""
+    password = tmp_path / "reader-password"
+    shutil.copy(tds.password_file, password)
+    stack = make(env={"EXTRACT_STORE_READER_USER": "app", "EXTRACT_STORE_READER_PASSWORD_FILE": str(password)})
+    stack.token()
+    key = {"Authorization": f"Bearer {stack.ctl('client-key', 'add', '--admin').stdout.strip()}"}
+    before = tds.control(do="state")["logins"]
+    assert [row["CompanyID"] for row in stack.get("/admin/tokens", headers=key).json()["rows"]] == ["NT047"]
+    assert tds.control(do="state")["logins"] == before + 1
+    stack.stop_pool()
+    password.write_text("wrong\n")
+    stack.start_pool()
+    stack.answers()
+    answer = stack.get("/admin/tokens", headers=key)
+    refused(answer, "store_unavailable")
+    assert stack.post(pdf).status == 200
+    [row] = stack.rows("SELECT Exception FROM ApplicationLogs WHERE RequestID = ?", answer.headers["X-Request-ID"])
+    assert "refuses login app" in row["Exception"] and "store.reader_user and store.reader_password_file" in row["Exception"]
+    password.unlink()
+    assert "reader-password" in start(stack).stderr
+
+
+def test_slow_queries_of_administrators_hold_up_nobody_else(make: MakeStack, tds: TdsServer, crowd: ThreadPoolExecutor,
+                                                            pdf: bytes) -> None:
+    """Two at a time run, some wait, the rest is told to come again; health and extractions go on."""
+    stack = make(env={"EXTRACT_STORE_QUERY_TIMEOUT": "10s"})
+    stack.token()
+    key = {"Authorization": f"Bearer {stack.ctl('client-key', 'add', '--admin').stdout.strip()}"}
+    assert stack.get("/admin/errors", headers=key).status == 200
+    tds.control(do="fault", kind="slow", procedure="usp_ListTokens", seconds=60, times=2)
+    slow = [crowd.submit(stack.get, "/admin/tokens", headers=key) for _ in range(2)]
+    eventually(lambda: tds.control(do="state")["played"] == 2, "both are under way")
+    others = [crowd.submit(stack.get, "/admin/errors", headers=key) for _ in range(40)]
+    refusals = eventually(lambda: [o for o in others if o.done()] if sum(o.done() for o in others) >= 24 else None)
+    assert [stack.get(path).status for path in ("/healthz", "/readyz", "/metrics")] == [200] * 3
+    assert stack.post(pdf).status == 200
+    assert not any(query.done() for query in slow)
+    for answer in refusals:
+        refused(answer.result(), "overloaded")
+    assert {query.result().status for query in slow} <= {200, 503}
+    assert sorted(o.result().status for o in others) == [200] * 16 + [503] * 24
+
+
 # ---- one and sixteen tokens ----
 
 
@@ -669,7 +714,7 @@ def test_views(anywhere: MakeStack, emulator: Emulator, pdf: bytes) -> None:
     assert (row["TokenID"], row["CompanyID"], row["ApiKey"], row["Status"], row["TotalTokenLimit"], row["ReservedTokens"]) \
         == (token, "NT047", "…test", "Active", 1000000, 0)
     assert row["CooldownUntil"] is None and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", row["CreatedAt"])
-    for by, column, value in (("day", "Day", row["CreatedAt"][:10]), ("branch", "Branch", "Berlin"),
+    for by, column, value in (("day", "Day", row["CreatedAt"][:10]), ("company", "CompanyID", "NT047"), ("branch", "Branch", "Berlin"),
                               ("user", "RequestedBy", "anna"), ("token", "TokenID", token)):
         [usage] = show("usage", "--by", by)
         assert (usage[column], usage["Requests"], usage["RequestCount"]) == (value, 2, 2)

@@ -1,7 +1,10 @@
 """What the roles may do, and that it is enough: on a server with ownership chaining (not MSSQL_RIGHTS=no)."""
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
+import os
 import re
 import tempfile
 import uuid
@@ -22,8 +25,10 @@ STATEMENTS: dict[str, set[str]] = {
         "usp_AcquireTokens @Items = N'[]'", "usp_SettleUsage @Items = N'[]'", "usp_ExpireReservations",
         "usp_RecordLogs @Entries = N'[]', @Attempts = N'[]'")},
     **{f"EXEC dbo.{call}": {APP, ADMIN} for call in (
-        "usp_SchemaVersion", "usp_Ping", "usp_ListTokens", "usp_UsageReport @By = N'day'", "usp_ListLogs", "usp_ListRetries",
-        "usp_ListReservations", "usp_CountTokens", "usp_ListAudit")},
+        "usp_SchemaVersion", "usp_Ping")},
+    **{f"EXEC dbo.{call}": {APP, READER, ADMIN} for call in (
+        "usp_ListTokens", "usp_UsageReport @By = N'day'", "usp_ListLogs", "usp_ListRetries", "usp_ListReservations",
+        "usp_CountTokens", "usp_ListAudit")},
     **{f"EXEC dbo.{call}": {ADMIN} for call in (
         "usp_AddToken @Actor = N'x', @CompanyID = N'x', @CompanyName = NULL, @Provider = NULL, @ApiKey = N'x',"
         " @TotalTokenLimit = NULL, @Threshold = NULL",
@@ -124,3 +129,19 @@ def test_serves_with_the_rights_of_extract_app(live: SqlServer, logins: Logins, 
                     " @ApiKey = N'key-of-the-test', @TotalTokenLimit = NULL, @Threshold = NULL")
         assert stack.post(pdf).status == 200
         assert owner.rows("SELECT RequestCount FROM TokenUsageLogs") == [{"RequestCount": 1}]
+
+
+def test_administrators_read_with_the_rights_of_extract_reader(live: SqlServer, logins: Logins,
+                                                               make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack(sql_server=live, env={
+        "EXTRACT_STORE_DATABASE": logins.database, "EXTRACT_STORE_USER": logins.names[APP],
+        "EXTRACT_STORE_PASSWORD_FILE": str(logins.password_file), "EXTRACT_STORE_READER_USER": logins.names[READER],
+        "EXTRACT_STORE_READER_PASSWORD_FILE": str(logins.password_file)})
+    key = f"extract_{base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip('=')}"
+    with closing(live.connect(logins.database)) as owner:
+        owner.query("EXEC dbo.usp_AddClientKey @Actor = N'tests', @ClientKeyID = N'1',"
+                    f" @KeyHash = N'{hashlib.sha256(key.encode()).hexdigest()}', @CompanyID = NULL, @Label = NULL")
+    for path in ("tokens", "tokens?by=status", "usage?by=company", "errors", "retries", "unsettled", "outbox"):
+        assert stack.get(f"/admin/{path}", headers={"Authorization": f"Bearer {key}"}).status == 200
+    with closing(live.connect(logins.database)) as owner:
+        assert owner.rows("SELECT COUNT(*) AS n FROM sys.dm_exec_sessions WHERE login_name = ?", logins.names[READER]) != [{"n": 0}]

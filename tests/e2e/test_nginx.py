@@ -374,9 +374,9 @@ def test_request_is_sent_once(front: Front) -> None:
 
 @BOTH
 def test_parameters(front: Front, http: int) -> None:
-    """What passes on to the application: of a client's headers two, and nothing that looks like them."""
+    """What passes on to the application: of a client's headers three, and nothing that looks like them."""
     curl(url(front, "/extract?a=b", http), "-d", "x", "-H", "Authorization: Bearer k", "-H", "Idempotency-Key: i",
-         "-H", "Proxy: evil", "-H", "Idempotency_Key: evil", "-H", "Request-Body-File: evil", "-H", "Cookie: evil",
+         "-H", "Accept: text/csv", "-H", "Proxy: evil", "-H", "Idempotency_Key: evil", "-H", "Request-Body-File: evil", "-H", "Cookie: evil",
          "-H", "Remote-Addr: evil", "-H", "X-Forwarded-For: 6.6.6.6", "-H", "X-Request-ID: evil", "-A", "evil")
     params = front.stand_in.seen[-1]
     assert re.fullmatch("[0-9a-f]{32}", params.pop("PROXY_REQUEST_ID")) and params.pop("REMOTE_PORT").isdigit()
@@ -385,13 +385,13 @@ def test_parameters(front: Front, http: int) -> None:
         "QUERY_STRING": "a=b", "CONTENT_TYPE": "application/x-www-form-urlencoded", "CONTENT_LENGTH": "1",
         "GATEWAY_INTERFACE": "CGI/1.1", "SERVER_PROTOCOL": "HTTP/2.0" if http == 2 else "HTTP/1.1", "SERVER_NAME": "",
         "SERVER_PORT": str(front.https_port if http == 2 else front.port), "REMOTE_ADDR": "127.0.0.1",
-        "HTTP_AUTHORIZATION": "Bearer k", "HTTP_IDEMPOTENCY_KEY": "i", **({"HTTPS": "on"} if http == 2 else {})}
+        "HTTP_AUTHORIZATION": "Bearer k", "HTTP_ACCEPT": "text/csv", "HTTP_IDEMPOTENCY_KEY": "i", **({"HTTPS": "on"} if http == 2 else {})}
 
 
 def test_parameters_that_are_absent(front: Front) -> None:
     """An empty header is like none, and so is one with an underscore."""
     for http, key in ((1, "Idempotency-Key;"), (1, "Idempotency_Key: evil"), (2, "Idempotency_Key: evil")):
-        curl(url(front, http=http), "-d", "x", "-H", "Authorization;", "-H", key)
+        curl(url(front, http=http), "-d", "x", "-H", "Authorization;", "-H", "Accept;", "-H", key)
         assert not [name for name in front.stand_in.seen[-1] if name.startswith("HTTP_")]
 
 
@@ -537,9 +537,67 @@ def test_upload_that_nginx_cannot_keep(make_stack: Callable[..., Stack], tmp_pat
 
 
 @BOTH
-@pytest.mark.parametrize("path", ["/", "/nothing", "/extract/", "/.extract-fcgi/413", "/.extract-fcgi/", "/admin"])
+@pytest.mark.parametrize("path", ["/nothing", "/index.html", "/extract/", "/extract-fcgi", "/extract-fcgi/", "/extract-fcgi/x.js",
+                                  "/.extract-fcgi/413", "/.extract-fcgi/", "/admin"])
 def test_unknown_path(stack: Stack, path: str, http: int) -> None:
     is_own(curl(url(stack, path, http)), 404, "not_found", False, False)
+
+
+# ---- the page ----
+
+PAGE = ROOT / "nginx/www/extract-fcgi"
+TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+         ".svg": "image/svg+xml; charset=utf-8", ".txt": "text/plain; charset=utf-8"}
+PATHS = {"/": "page.html", "/dashboard": "dashboard.html", **{f"/extract-fcgi/{file.name}": file.name for file in sorted(PAGE.iterdir())}}
+
+
+def is_of_the_page(reply: Reply, content_type: str) -> None:
+    """Has it what a file of the page should have? Its policy allows no inline script or style, and nothing from elsewhere."""
+    assert (reply.status, reply["Content-Type"]) == (200, content_type)
+    policy = dict(rule.strip().split(" ", 1) for rule in (reply["Content-Security-Policy"] or "").split(";"))
+    assert policy == {
+        "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self' blob:",
+        "frame-src": "blob:", "connect-src": "'self'", "base-uri": "'none'", "form-action": "'none'",
+        "frame-ancestors": "'none'", "require-trusted-types-for": "'script'", "trusted-types": "'none'"}
+    assert reply["Cache-Control"] == "no-cache" and reply["X-Content-Type-Options"] == "nosniff"
+    assert reply["Referrer-Policy"] == "no-referrer" and reply["Server"] == "nginx" and reply.cors() == {}
+
+
+@BOTH
+@pytest.mark.parametrize("path", PATHS)
+def test_page(front: Front, path: str, http: int) -> None:
+    """Served by nginx alone; asked for again, it is not sent again."""
+    before = len(front.stand_in.seen)
+    file = PAGE / PATHS[path]
+    reply = curl(url(front, path, http), "-H", f"Origin: {DENIED}")
+    is_of_the_page(reply, TYPES[file.suffix])
+    assert reply.body == file.read_bytes() and reply["X-Request-ID"] is None
+    again = curl(url(front, path, http), "-H", f"If-None-Match: {reply['ETag']}")
+    assert (again.status, again.body) == (304, b"")
+    assert curl(url(front, path, http), "-I").status == 200
+    is_own(curl(url(front, path, http), "-d", "x"), 405, "method_not_allowed", False, False)
+    assert len(front.stand_in.seen) == before
+
+
+def test_page_is_told_the_limit(stack: Stack) -> None:
+    """As a number, and in the words of the 413."""
+    reply = curl(url(stack, "/extract-fcgi/settings.json"))
+    is_of_the_page(reply, "application/json")
+    assert json.loads(reply.body) == {"upload_limit": LIMIT, "upload_limit_text": "50 MB (52428800 bytes)"}
+
+
+def test_page_loads_nothing_from_elsewhere() -> None:
+    """Nor does it hold inline scripts, styles or listeners, which its policy would refuse."""
+    for file in PAGE.iterdir():
+        if file.stem == "uplot":
+            continue  # its comments name its author's page; tests/browser sees what it does
+        text = file.read_text()
+        found = set(re.findall(r"https?://[^\s\"'<>)]+", text)) - {"http://www.w3.org/2000/svg"}
+        assert not found, (file.name, found)
+        if file.suffix == ".html":
+            assert not re.search(r"<style|\sstyle=|\son[a-z]+=|<script(?![^>]*\ssrc=)", text), file.name
+        if file.suffix == ".js":
+            assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), file.name
 
 
 # ---- slow clients ----
@@ -698,7 +756,7 @@ def test_log_is_one_line_a_request(front: Front) -> None:
 def test_loopback_only(stack: Stack, path: str, http: int) -> None:
     here = curl(url(stack, path, http))
     if path.startswith("/admin"):
-        is_the_applications(here, 404, "not_found")
+        is_the_applications(here, 401, "unauthenticated")
     else:
         assert here.status == 200
     is_own(curl(url(stack, path, http), "--interface", "127.0.0.2"), 404, "not_found", False, False)
@@ -916,12 +974,14 @@ def balanced() -> Iterator[Site]:
         text = text.replace(end, location.replace("192.0.2.5", "127.0.0.7") + end).replace("192.0.2.0/24", "127.0.0.5")
         text, pages = re.subn(r"(Everything else\..*\n    location / \{\n)        return 404;",
                               r"\1        root /var/www/html;", text)
-        assert pages == 1
+        text, ours = re.subn(r"\n +root +/var/www/extract-fcgi;\n +include extract-fcgi/extract-fcgi-page\.conf;", "", text)
+        assert pages == ours == 1
         return text
 
     with tempfile.TemporaryDirectory(prefix="extract-site-") as name:
         site = Site(Path(name), edit)
         (site.dir / "var/www/html/page.css").write_text("body {}")
+        (site.dir / "var/www/html/index.html").write_text("<!doctype html>")
         yield site
         site.close()
 
@@ -1036,12 +1096,22 @@ def test_monitoring_host(balanced: Site) -> None:
     is_own(balanced.curl("/readyz", "--interface", "127.0.0.7"), 404, "not_found", False, False)
 
 
+def test_page_of_the_site(site: Site) -> None:
+    """It is where the README has it put."""
+    for path, name in PATHS.items():
+        page = site.curl(path)
+        is_of_the_page(page, TYPES[Path(name).suffix])
+        assert page.body == (PAGE / name).read_bytes() and page["Strict-Transport-Security"]
+
+
 def test_front_end(balanced: Site) -> None:
     """Its pages have no policy of ours, and caches may keep them; what is not there is answered as everywhere."""
-    page = balanced.curl("/page.css", "-H", f"Origin: {DENIED}")
-    assert (page.status, page.body) == (200, b"body {}")
-    assert page["Strict-Transport-Security"] and page["X-Content-Type-Options"] == "nosniff"
-    assert not {"content-security-policy", "cache-control", "x-request-id"} & page.headers.keys() and page.cors() == {}
+    for path, body in (("/page.css", b"body {}"), ("/", b"<!doctype html>")):
+        page = balanced.curl(path, "-H", f"Origin: {DENIED}")
+        assert (page.status, page.body) == (200, body)
+        assert page["Strict-Transport-Security"] and page["X-Content-Type-Options"] == "nosniff"
+        assert not {"content-security-policy", "cache-control", "x-request-id"} & page.headers.keys() and page.cors() == {}
+    is_own(balanced.curl("/extract-fcgi/page.js"), 404, "not_found", False, False)
     is_own(balanced.curl("/nothing.css"), 404, "not_found", False, False)
 
 

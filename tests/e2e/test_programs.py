@@ -502,7 +502,7 @@ def listed(stack: Stack, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("by, column, expected", [
-    ("day", "Day", None), ("branch", "Branch", {"Berlin": 2, "Lyon": 1}),
+    ("day", "Day", None), ("company", "CompanyID", {"H": 3}), ("branch", "Branch", {"Berlin": 2, "Lyon": 1}),
     ("user", "RequestedBy", {"anna": 2, "bert": 1}), ("token", "TokenID", {"token": 3})])
 def test_usage(stack: Stack, history: dict[str, Any], by: str, column: str, expected: dict[str, int] | None) -> None:
     rows = listed(stack, "usage", "--company", "h", "--by", by)

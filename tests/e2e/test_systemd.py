@@ -126,8 +126,9 @@ def test_install(tmp_path: Path) -> None:
         "usr/lib/tmpfiles.d/extract-fcgi.conf", f"{share}/systemd/README.md", f"{share}/systemd/credentials.conf.example",
         *(f"usr/lib/systemd/system/{name}" for name in ("extract-fcgi.socket", "extract-fcgi.service",
                                                         "extract-fcgi@.service", "extract-fcgi.target")),
+        *(f"{share}/nginx/www/extract-fcgi/{path.name}" for path in (ROOT / "nginx/www/extract-fcgi").iterdir()),
         *(f"{share}/{folder}/{path.name}" for folder in ("nginx", "sql") for path in (ROOT / folder).iterdir()
-          if path.suffix in (".conf", ".sql", ".md"))}
+          if path.suffix in (".conf", ".sql", ".md", ".yaml"))}
     template = settings(tmp_path / "usr/lib/systemd/system/extract-fcgi@.service")
     assert template["ExecStart"] == ["/usr/sbin/extract-fcgi"]
     assert "/usr/sbin/extract-fcgi" in template["ExecPaths"][0].split()

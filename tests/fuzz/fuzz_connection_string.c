@@ -128,6 +128,7 @@ static void check_target(const char *text, size_t len, bool is_connection)
                                       .password_file = path,
                                       .connection_file = is_connection ? path : none,
                                       .admin_user = none,
+                                      .reader_user = none,
                                       .ca_file = system_ca,
                                       .query_timeout_ms = 5000}};
     if (mssql_target_init(&target, &config, &err) == ERR_NONE) {

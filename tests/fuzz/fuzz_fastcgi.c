@@ -40,17 +40,19 @@
 
 /* ---- a store, and a Gemini ---- */
 
-/* The only client key, and whose it is. */
+/* The only client keys, and whose they are. */
 #define CLIENT_KEY "extract_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
 #define CLIENT_ID "0123456789abcdef"
+#define ADMIN_KEY "extract_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh0"
 #define CLIENT_COMPANY "NT047"
 #define USED_KEY "click-1" /* an idempotency key that another request had */
 
 static struct {
-    int acquired, called, settled;
+    int acquired, called, settled, queried;
     bool is_from_file;        /* the upload of this request */
     bool needs_key;           /* this request */
     bool brings_key;          /* CLIENT_KEY is somewhere in what was sent */
+    bool brings_admin_key;    /* ADMIN_KEY */
     bool has_idempotency_key; /* the one that the store was told of */
 } counts;
 
@@ -131,19 +133,47 @@ static enum err_code settle(void *self, struct store_settlement *const *items, s
     return items[0]->code = ERR_NONE;
 }
 
+static bool is_hash_of(const char *hash, const char *key)
+{
+    unsigned char digest[crypto_hash_sha256_BYTES];
+    char text[STORE_HASH_SIZE];
+
+    crypto_hash_sha256(digest, (const unsigned char *)key, strlen(key));
+    sodium_bin2hex(text, sizeof text, digest, sizeof digest);
+    return strcmp(hash, text) == 0;
+}
+
 static enum err_code client_key_find(void *self, const char *hash, struct store_client_key *key,
                                      struct err *err)
 {
-    unsigned char digest[crypto_hash_sha256_BYTES];
-    char known[STORE_HASH_SIZE];
+    (void)self;
+    CHECK(strlen(hash) == STORE_HASH_SIZE - 1);
+    if (is_hash_of(hash, ADMIN_KEY))
+        *key = (struct store_client_key){.id = "ad", .is_admin = true};
+    else if (is_hash_of(hash, CLIENT_KEY))
+        *key = (struct store_client_key){.id = CLIENT_ID, .company_id = CLIENT_COMPANY};
+    else
+        return err_set(err, ERR_NO_SUCH_ROW, "no such client key");
+    return ERR_NONE;
+}
+
+/* Two rows, where the page has room for them. */
+static enum err_code query(void *self, enum store_view view, const struct store_filter *filter,
+                           store_row *row, void *context, struct err *err)
+{
+    static const char *const names[] = {"LogID", "Message", "Secret"};
+    struct store_value values[] = {{.type = STORE_INTEGER, .integer = 9},
+                                   {.type = STORE_TEXT, .text = "=1+1 \"\r\n"},
+                                   {.type = STORE_TEXT, .text = CLIENT_KEY}};
 
     (void)self;
-    crypto_hash_sha256(digest, (const unsigned char *)CLIENT_KEY, strlen(CLIENT_KEY));
-    sodium_bin2hex(known, sizeof known, digest, sizeof digest);
-    CHECK(strlen(hash) == STORE_HASH_SIZE - 1);
-    if (strcmp(hash, known) != 0)
-        return err_set(err, ERR_NO_SUCH_ROW, "no such client key");
-    *key = (struct store_client_key){.id = CLIENT_ID, .company_id = CLIENT_COMPANY};
+    (void)err;
+    CHECK(counts.brings_admin_key && filter->limit > 1 && view < VIEW_OUTBOX);
+    counts.queried++;
+    if (row(context, 3, names, values)) {
+        values[0].integer = 8;
+        row(context, 3, names, values);
+    }
     return ERR_NONE;
 }
 
@@ -154,7 +184,8 @@ static const struct store_driver driver = {.name = "double",
                                            .ping = ping,
                                            .acquire = acquire,
                                            .settle = settle,
-                                           .client_key_find = client_key_find};
+                                           .client_key_find = client_key_find,
+                                           .query = query};
 
 /* In gemini_call's place (the linker's --wrap). */
 void __wrap_gemini_call(struct gemini_client *client, const struct gemini_call *call,
@@ -231,12 +262,12 @@ static void make_directory(void)
     snprintf(body_dir, sizeof body_dir, "%s/body", directory);
 }
 
-static struct auth *auth;
+static struct config config;
 
 static struct app *start(void)
 {
     static char none[] = "", model[] = "model";
-    static struct config config = {
+    config = (struct config){
         .server = {.threads = 1,
                    .company_share = 1,
                    .max_upload = UPLOAD_MAX,
@@ -257,7 +288,8 @@ static struct app *start(void)
     CHECK((app.schema = invoice_schema_load(&config, &err)) != NULL);
     CHECK((app.store = store_open_with(&driver, &config, &err)) != NULL);
     CHECK((app.share = share_new(1)) != NULL);
-    CHECK((auth = auth_open(&config, app.store, &err)) != NULL);
+    CHECK((app.auth = auth_open(&config, app.store, &err)) != NULL);
+    app.reader = app.store;
     return &app;
 }
 
@@ -435,7 +467,8 @@ static void check_answer(const struct buf *answer)
 {
     static const char *const names[] = {"Status",        "Content-Type",     "Content-Length",
                                         "X-Request-ID",  "Retry-After",      "Allow",
-                                        "Cache-Control", "WWW-Authenticate", NULL};
+                                        "Cache-Control", "WWW-Authenticate", "Content-Disposition",
+                                        "X-Next-Cursor", NULL};
     char *head = strdup(buf_str(answer)), *end = strstr(head, "\r\n\r\n"), *type = NULL, *next;
     long length = -1;
 
@@ -467,16 +500,18 @@ static void serve(struct app *app, struct connection *c)
     struct worker worker = {.app = app};
     struct response response;
 
-    counts.acquired = counts.called = counts.settled = 0;
+    counts.acquired = counts.called = counts.settled = counts.queried = 0;
     counts.has_idempotency_key = false;
-    app->auth = counts.needs_key ? auth : NULL;
+    config.auth.mode = counts.needs_key ? AUTH_BEARER : AUTH_NONE;
     counts.is_from_file = c->request.body_file[0] != '\0';
     response_init(&response);
     if (route_lane(&c->request) == ROUTE_WORKER) {
         route_work(&worker, &c->request, &response);
         CHECK(c->request.authorization[0] == '\0'); /* wiped */
     } else {
-        route_at_once(app, &c->request, &response);
+        route_other(app, &c->request, &response);
+        CHECK(counts.queried == 0 || response.status == 200);
+        CHECK(counts.queried == 0 || c->request.authorization[0] == '\0');
     }
     CHECK(response.status >= 200 && response.status < 600);
     CHECK(counts.called == counts.settled && counts.called == counts.acquired);
@@ -504,6 +539,7 @@ static void exchange(struct app *app, const char *data, size_t len, const struct
         read_records(&received, &answer);
         check_answer(&answer);
         CHECK(memmem(answer.data, answer.len, CLIENT_KEY, strlen(CLIENT_KEY)) == NULL);
+        CHECK(memmem(answer.data, answer.len, ADMIN_KEY, strlen(ADMIN_KEY)) == NULL);
         buf_reset(&answer);
         buf_reset(&received);
     } else {
@@ -582,13 +618,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         buf_append(&stream, data, size);
         mend((unsigned char *)stream.data, size);
         counts.needs_key = size % 2 == 1;
-        counts.brings_key = true; /* perhaps: records can cut it anywhere */
+        counts.brings_key = counts.brings_admin_key = true; /* perhaps: records can cut them */
         exchange(app, stream.data, size, NULL);
         buf_reset(&stream);
         return 0;
     }
     counts.needs_key = data[0] % 2 == 1;
     counts.brings_key = memmem(data, size, CLIENT_KEY, strlen(CLIENT_KEY)) != NULL;
+    counts.brings_admin_key = memmem(data, size, ADMIN_KEY, strlen(ADMIN_KEY)) != NULL;
     make_stream(&stream, &input, &sent);
     CHECK(buf_ok(&stream));
     if (stream.len <= SENT_MAX)

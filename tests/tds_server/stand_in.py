@@ -832,13 +832,20 @@ SUMS = """COUNT(*) AS Requests, SUM(RequestCount) AS RequestCount, SUM(InputToke
           LEFT JOIN TokenMaster t ON t.TokenID = u.TokenID)"""
 BY = {
     "day": ("SUBSTR(LoggedAt, 1, 10) AS Day", "SUBSTR(LoggedAt, 1, 10)", "Day DESC"),
+    "company": ("Company AS CompanyID", "fold(Company)", "TotalTokensUsed DESC, CompanyID"),
     "branch": ("Company AS CompanyID, Branch", "fold(Company), Branch", "TotalTokensUsed DESC, CompanyID, Branch"),
     "user": ("Company AS CompanyID, RequestedBy", "fold(Company), RequestedBy",
              "TotalTokensUsed DESC, CompanyID, RequestedBy"),
     "token": ("Company AS CompanyID, TokenID, TokenSource", "fold(Company), TokenID",
               "TotalTokensUsed DESC, CompanyID, TokenID"),
 }
-COMPUTED = {"Requests": "INTEGER", "Count": "INTEGER", "Day": "TEXT", "TotalTokensUsed": "INTEGER"}
+HEALTH = """COUNT(*) AS Count, SUM(TotalTokenLimit IS NULL) AS Unlimited, SUM(TotalTokenLimit) AS TotalTokenLimit,
+    SUM(TotalUsedTokens) AS TotalUsedTokens, SUM(ReservedTokens) AS ReservedTokens,
+    SUM(TotalRemainingTokens) AS TotalRemainingTokens,
+    SUM(IFNULL(TotalUsedTokens >= Threshold * TotalTokenLimit, 0)) AS OverThreshold,
+    SUM(IFNULL(to_ms(CooldownUntil) > to_ms(:Now), 0)) AS Cooling FROM vw_TokenStatus"""
+COMPUTED = {"Requests": "INTEGER", "Count": "INTEGER", "Day": "TEXT", "TotalTokensUsed": "INTEGER",
+            "Unlimited": "INTEGER", "OverThreshold": "INTEGER", "Cooling": "INTEGER"}
 
 
 @dataclasses.dataclass
@@ -869,7 +876,7 @@ def show(db: Database, view: View, f: dict[str, Any]) -> Result:
     sql = f"{view.select} WHERE {' AND '.join(conditions)}" + (f" GROUP BY {view.group}" if view.group else "")
     sql += f" ORDER BY {view.order} LIMIT :Rows"
     with db.lock:
-        cursor = db.db.execute(sql, values | {"Rows": -1 if f.get("Rows") is None else f["Rows"]})
+        cursor = db.db.execute(sql, values | {"Now": stamp(now_ms()), "Rows": -1 if f.get("Rows") is None else f["Rows"]})
         rows = [list(row) for row in cursor]
     names = [column[0] for column in cursor.description]
     types = [COMPUTED.get(name) or db.types.get(name, "TEXT") for name in names]
@@ -882,12 +889,12 @@ def usp_ListTokens(db: Database, **f: Any) -> Result:
 
 
 def usp_CountTokens(db: Database, **f: Any) -> Result:
-    return show(db, View("SELECT Status, COUNT(*) AS Count FROM TokenMaster", "Status", request=None, group="Status"), f)
+    return show(db, View(f"SELECT Status, {HEALTH}", "Status", request=None, group="Status"), f)
 
 
 def usp_UsageReport(db: Database, By: str, **f: Any) -> Result:
     if By not in BY:
-        raise ServerError(50001, "@By is day, branch, user or token")
+        raise ServerError(50001, "@By must be day, company, branch, user or token")
     names, group, order = BY[By]
     return show(db, View(f"SELECT {names}, {SUMS}", order, None, "LoggedAt", "fold(Company) = fold(:CompanyID)",
                          group=group), f)

@@ -34,6 +34,7 @@ void backend_make_directory(void)
     fixture.config.store.user = empty;
     fixture.config.store.password_file = empty;
     fixture.config.store.admin_user = empty;
+    fixture.config.store.reader_user = empty;
     fixture.config.store.admin_password_file = empty;
     fixture.config.store.ca_file = empty;
     fixture.config.store.connection_file = empty;

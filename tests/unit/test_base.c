@@ -304,6 +304,49 @@ static void test_clock_format(void **state)
     }
 }
 
+static void test_clock_parse(void **state)
+{
+    static const struct {
+        const char *text;
+        int64_t ms; /* 0: refused */
+    } cases[] = {
+        {"2026-11-22", INT64_C(1795305600000)},
+        {"2026-11-22T12:13", INT64_C(1795349580000)},
+        {"2026-11-22 12:13:21Z", INT64_C(1795349601000)},
+        {"2026-11-22T12:13:21.123Z", INT64_C(1795349601123)},
+        {"2026-11-22T14:13:21.123+02:00", INT64_C(1795349601123)},
+        {"2026-11-22T07:13:21.123-0500", 0},
+        {"2026-11-22T07:13:21.123-05:00", INT64_C(1795349601123)},
+        {"9999-12-31T23:59:59.999Z", CLOCK_WALL_MAX},
+        {"10000-01-01", 0},
+        {"1970-01-01", 0},
+        {"2026-02-29", 0},
+        {"2026-11-22T24:00", 0},
+        {"2026-11-22T12:13:21.12Z", 0},
+        {"2026-11-22T12", 0},
+        {"2026-11-22T12:13:21Zx", 0},
+        {"2026-11-22T12:13+15:00", 0},
+        {"", 0},
+        {"h", 0},
+        {"24", 0},
+        {"24hh", 0},
+        {"-1h", 0},
+        {"1000000h", 0},
+        {"999999w", 0},
+    };
+    int64_t ms;
+    (void)state;
+
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        if (clock_parse(cases[i].text, &ms) != (cases[i].ms != 0) ||
+            (cases[i].ms != 0 && ms != cases[i].ms))
+            fail_msg("%s", cases[i].text);
+    }
+    int64_t before = clock_wall_ms();
+    assert_true(clock_parse("2d", &ms));
+    assert_in_range(ms, before - 2 * INT64_C(86400000), clock_wall_ms() - 2 * INT64_C(86400000));
+}
+
 static void test_quota_day(void **state)
 {
     const struct {
@@ -565,6 +608,7 @@ int main(void)
         cmocka_unit_test(test_buf_json),
         cmocka_unit_test(test_arena),
         cmocka_unit_test(test_clock_format),
+        cmocka_unit_test(test_clock_parse),
         cmocka_unit_test(test_quota_day),
         cmocka_unit_test(test_quota_day_by_the_c_library),
         cmocka_unit_test(test_sleep),

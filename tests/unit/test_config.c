@@ -637,7 +637,7 @@ static void test_mssql(void **state)
     (void)state;
 
     assert_int_equal(c->store.driver, DRIVER_MSSQL);
-    assert_false(c->store.as_admin);
+    assert_int_equal(c->store.login, LOGIN_SERVICE);
     config_free(c);
     c = load_good("[store]\ndriver = mssql\nconnection_file = /etc/passwd\n");
     config_free(c);
@@ -660,6 +660,11 @@ static void test_mssql(void **state)
                    ":7: [store] admin_user: admin_user and admin_password_file belong together");
     expect_refusal(KEYS "password_file = /etc/passwd\nadmin_password_file = /etc/passwd\n",
                    ":7: [store] admin_password_file: admin_user and admin_password_file belong "
+                   "together");
+    expect_refusal(KEYS "password_file = /etc/passwd\nreader_user = a\n",
+                   ":7: [store] reader_user: reader_user and reader_password_file belong together");
+    expect_refusal(KEYS "password_file = /etc/passwd\nreader_password_file = /etc/passwd\n",
+                   ":7: [store] reader_password_file: reader_user and reader_password_file belong "
                    "together");
 }
 
@@ -898,6 +903,8 @@ static void assert_same(const struct config *a, const struct config *b)
         offsetof(struct config, store.password_file),
         offsetof(struct config, store.admin_user),
         offsetof(struct config, store.admin_password_file),
+        offsetof(struct config, store.reader_user),
+        offsetof(struct config, store.reader_password_file),
         offsetof(struct config, store.ca_file),
         offsetof(struct config, store.connection_file),
         offsetof(struct config, fallback.key_file),
@@ -935,7 +942,7 @@ static void test_print_is_read_back(void **state)
         "backoff_multiplier = 1.0000001\njitter = off\nauto_disable = 0\n"
         "[store]\nauto_create = false\npool_size = 3\nquery_timeout = 61s\npath = x.db\nserver = "
         "s:1\n"
-        "database = d = e\nuser = u\nadmin_user = a\nencrypt = REQUEST\n"
+        "database = d = e\nuser = u\nadmin_user = a\nreader_user = r\nencrypt = REQUEST\n"
         "[fallback]\nwhen = no_active_token\n[log]\nlevel = debug\nsink = stderr\n",
     };
     (void)state;

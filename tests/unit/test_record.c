@@ -430,6 +430,16 @@ static void test_store_away_goes_to_stderr(void **state)
     assert_string_equal(far.messages[0], "kept");
 }
 
+/* Not what lies between the members. */
+static bool is_same(const struct store_retry_attempt *a, const struct store_retry_attempt *b)
+{
+    return a->token_id == b->token_id && a->wall_ms == b->wall_ms && a->attempt == b->attempt &&
+           a->is_retryable == b->is_retryable && a->status_code == b->status_code &&
+           a->delay_ms == b->delay_ms && strcmp(a->request_id, b->request_id) == 0 &&
+           strcmp(a->company_id, b->company_id) == 0 &&
+           strcmp(a->error_message, b->error_message) == 0;
+}
+
 static void test_store_away_goes_to_the_outbox(void **state)
 {
     struct store_retry_attempt attempt = an_attempt(2);
@@ -457,7 +467,7 @@ static void test_store_away_goes_to_the_outbox(void **state)
     assert_int_equal(far.message_count, 1);
     assert_string_equal(far.messages[0], "kept here");
     assert_int_equal(far.attempt_count, 1);
-    assert_memory_equal(&far.last_attempt, &attempt, sizeof attempt);
+    assert_true(is_same(&far.last_attempt, &attempt));
 }
 
 static void test_short_absence_loses_nothing(void **state)

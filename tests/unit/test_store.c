@@ -1600,6 +1600,18 @@ static void shows_tokens(void **state)
     expect_view("Active|1", VIEW_TOKENS_BY_STATUS, (struct store_filter){.company_id = "b"},
                 "Status Count");
 
+    expect_view("Active|2|1|100|40|100|60|0|0;Expired|1|1|NULL|0|0|NULL|0|0", VIEW_TOKENS_BY_STATUS,
+                ALL,
+                "Status Count Unlimited TotalTokenLimit TotalUsedTokens ReservedTokens"
+                " TotalRemainingTokens OverThreshold Cooling");
+    settle_for(ID(3), 1, "Ärzte", "b", "u", 39, T0);
+    expect_view("0", VIEW_TOKENS_BY_STATUS, (struct store_filter){.company_id = "Ärzte"},
+                "OverThreshold");
+    settle_for(ID(4), 1, "Ärzte", "b", "u", 1, T0);
+    sql("UPDATE TokenMaster SET CooldownUntil = '2100-01-01T00:00:00.000Z' WHERE TokenID = 2");
+    expect_view("Active|1|1;Expired|0|0", VIEW_TOKENS_BY_STATUS, ALL,
+                "Status OverThreshold Cooling");
+
     struct shown shown = {.columns = "TokenID", .stop_after = 1};
     assert_int_equal(ERR_NONE, driver->query(store, VIEW_TOKENS, &ALL, show_row, &shown, &err));
     assert_int_equal(1, shown.rows);
@@ -1638,6 +1650,11 @@ static void shows_usage(void **state)
     expect_view("2026-11-22|10", VIEW_USAGE_BY_DAY,
                 (struct store_filter){.since_ms = T0, .until_ms = T0 + DAY_MS},
                 "Day TotalTokensUsed");
+    expect_view("NT047|5|173|0;Other|1|5|0", VIEW_USAGE_BY_COMPANY, ALL,
+                "CompanyID Requests TotalTokensUsed UnknownCalls");
+    expect_view("NT047|63", VIEW_USAGE_BY_COMPANY,
+                (struct store_filter){.company_id = "nt047", .since_ms = T0 + DAY_MS},
+                "CompanyID TotalTokensUsed");
     expect_view("NT047|NULL|100;NT047|South|60;NT047|North|13;Other|South|5", VIEW_USAGE_BY_BRANCH,
                 ALL, "CompanyID Branch TotalTokensUsed");
     expect_view("bob|40;ann|33", VIEW_USAGE_BY_USER,

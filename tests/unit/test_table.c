@@ -216,6 +216,49 @@ static void test_json(void **state)
 
 /* ---- few rows, many rows, bad rows ---- */
 
+/* RFC 4180; a cell that a spreadsheet would calculate is none any more. */
+static void test_csv(void **state)
+{
+    static const struct {
+        const char *text, *cell;
+    } cases[] = {
+        {"plain", "plain"},
+        {"", ""},
+        {" a b ", " a b "},
+        {"1,5", "\"1,5\""},
+        {"say \"no\"", "\"say \"\"no\"\"\""},
+        {"\"", "\"\"\"\""},
+        {"two\nlines", "\"two\nlines\""},
+        {"two\rlines", "\"two\rlines\""},
+        {"=1+1", "\"'=1+1\""},
+        {"+1", "\"'+1\""},
+        {"-1", "\"'-1\""},
+        {"@A1", "\"'@A1\""},
+        {"\t=1", "\"'\t=1\""},
+        {"\r=1", "\"'\r=1\""},
+        {"=\"a\",b", "\"'=\"\"a\"\",b\""},
+        {"a=1", "a=1"},
+        {"'=1", "'=1"},
+        {"\xC3\xA4", "\xC3\xA4"},
+    };
+    struct buf line;
+    (void)state;
+
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const struct store_value row[] = {TEXT(cases[i].text)};
+        buf_init(&line, 100);
+        table_append_csv(&line, 1, row);
+        assert_memory_equal(buf_str(&line), cases[i].cell, strlen(cases[i].cell));
+        assert_string_equal(buf_str(&line) + strlen(cases[i].cell), "\r\n");
+        buf_reset(&line);
+    }
+    const struct store_value row[] = {INTEGER(-15), NOTHING, REAL(-0.25), REAL(NAN), NOTHING};
+    buf_init(&line, 100);
+    table_append_csv(&line, 5, row);
+    assert_string_equal(buf_str(&line), "-15,,-0.25,,\r\n");
+    buf_reset(&line);
+}
+
 static void test_no_rows(void **state)
 {
     (void)state;
@@ -303,6 +346,7 @@ int main(void)
         cmocka_unit_test(test_escaped_width),
         cmocka_unit_test(test_layout),
         cmocka_unit_test(test_json),
+        cmocka_unit_test(test_csv),
         cmocka_unit_test(test_no_rows),
         cmocka_unit_test(test_many_rows),
         cmocka_unit_test(test_rows_of_different_shape),

@@ -116,25 +116,44 @@ static char unset[] = "";
 
 /* ---- from stdin ---- */
 
+#define LARGEST (8 * MB) /* that goes to memory */
+#define AT_ONCE 16       /* of those */
+#define KEPT 2
+
+static bool is_mapped(void *map)
+{
+    return msync(map, 1, MS_ASYNC) == 0;
+}
+
+static enum err_code open_pattern(struct upload *upload, int64_t size, char *state_dir)
+{
+    struct source source = {size, 0};
+    struct request request = request_of(&source, size, "");
+    struct config config = config_of(2 * LARGEST, unset);
+    struct err err = {0};
+
+    config.server.state_dir = state_dir;
+    enum err_code code = upload_open(upload, &request, &config, &err);
+    assert_int_equal(err.code, code);
+    assert_int_equal(source.at, size); /* what is refused is read all the same */
+    return code;
+}
+
 static void test_stdin(void **state)
 {
-    static const int64_t sizes[] = {1, 4095, 4096, 4097, MB - 1, MB, MB + 1, 3 * MB};
+    static const int64_t sizes[] = {1, 4095, 4096, 4097, MB - 1, MB, MB + 1, LARGEST, LARGEST + 1};
     int files = open_files();
     (void)state;
 
     for (size_t i = 0; i < COUNT(sizes); i++) {
-        struct source source = {sizes[i], 0};
-        struct request request = request_of(&source, sizes[i], "");
-        struct config config = config_of(3 * MB, unset);
         struct upload upload;
-        struct err err = {0};
-        assert_int_equal(upload_open(&upload, &request, &config, &err), ERR_NONE);
+        assert_int_equal(open_pattern(&upload, sizes[i], spool), ERR_NONE);
         assert_int_equal(upload.len, sizes[i]);
         assert_true(is_pattern(upload.data, upload.len));
         assert_int_equal(entries(spool), 0); /* nothing is left whatever happens */
         void *map = upload.map;
         upload_close(&upload);
-        assert_int_equal(msync(map, 1, MS_ASYNC), -1); /* unmapped */
+        assert_int_equal(is_mapped(map), sizes[i] <= LARGEST);
         assert_null(upload.map);
         assert_int_equal(upload.len, 0);
         upload_close(&upload);
@@ -146,22 +165,45 @@ static void test_stdin(void **state)
 static void test_where_the_spool_is(void **state)
 {
     char nowhere[] = "/nonexistent/spool";
+    struct upload upload;
     (void)state;
 
-    for (int large = 0; large < 2; large++) {
-        int64_t size = large ? MB : MB - 1;
-        struct source source = {size, 0};
-        struct request request = request_of(&source, size, "");
-        struct config config = config_of(3 * MB, unset);
-        struct upload upload;
-        struct err err = {0};
-        config.server.state_dir = nowhere;
-        assert_int_equal(upload_open(&upload, &request, &config, &err),
-                         large ? ERR_STORAGE_FULL : ERR_NONE);
-        assert_int_equal(err.code, large ? ERR_STORAGE_FULL : ERR_NONE);
-        assert_int_equal(source.at, size); /* what is refused is read all the same */
-        upload_close(&upload);
+    assert_int_equal(open_pattern(&upload, LARGEST, nowhere), ERR_NONE);
+    upload_close(&upload);
+    assert_int_equal(open_pattern(&upload, LARGEST + 1, nowhere), ERR_STORAGE_FULL);
+    upload_close(&upload);
+}
+
+/* It is used again, and there is an end to it. */
+static void test_memory(void **state)
+{
+    char nowhere[] = "/nonexistent/spool";
+    struct upload uploads[AT_ONCE], one_more, other;
+    void *maps[AT_ONCE];
+    size_t kept = 0;
+    (void)state;
+
+    for (size_t i = 0; i < AT_ONCE; i++) {
+        assert_int_equal(open_pattern(&uploads[i], LARGEST, nowhere), ERR_NONE);
+        maps[i] = uploads[i].map;
     }
+    assert_int_equal(open_pattern(&one_more, 1, nowhere), ERR_STORAGE_FULL);
+    assert_int_equal(open_pattern(&one_more, 5000, spool), ERR_NONE);
+    assert_true(is_pattern(one_more.data, 5000));
+    upload_close(&one_more);
+
+    upload_close(&uploads[3]);
+    assert_int_equal(open_pattern(&other, 100000, nowhere), ERR_NONE);
+    assert_ptr_not_equal(other.map, maps[3]); /* it is too large for that */
+    upload_close(&other);
+    assert_int_equal(open_pattern(&uploads[3], LARGEST - 5000, nowhere), ERR_NONE);
+    assert_ptr_equal(uploads[3].map, maps[3]);
+    assert_true(is_pattern(uploads[3].data, uploads[3].len));
+    for (size_t i = 0; i < AT_ONCE; i++)
+        upload_close(&uploads[i]);
+    for (size_t i = 0; i < AT_ONCE; i++)
+        kept += is_mapped(maps[i]);
+    assert_in_range(kept, 1, KEPT);
 }
 
 static void test_stdin_refused(void **state)
@@ -391,6 +433,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_stdin),
         cmocka_unit_test(test_where_the_spool_is),
+        cmocka_unit_test(test_memory),
         cmocka_unit_test(test_stdin_refused),
         cmocka_unit_test(test_up_to_the_limit),
         cmocka_unit_test_setup_teardown(test_body_file, set_up_bodies, tear_down_bodies),

@@ -62,8 +62,8 @@ class Life:
         shutil.copy(package, machine.path("/root"))
 
     def curl(self, machine: Machine) -> str:
-        """As nginx/README.md says, "Calling it"."""
-        command = self.guides(machine)[1].commands("Calling it", "-F companyID")
+        """As nginx/README.md says, "Calling it", "curl"."""
+        command = self.guides(machine)[1].commands("curl", "-F companyID")
         assert command.startswith(f"curl https://{NAME}/extract ")
         return f"KEY={type(self).client_key}\n{command.replace('curl ', f'curl -sS {CURL} ', 1)}"
 
@@ -139,6 +139,8 @@ class Life:
             assert "`nginx` in the place of `nginx -s reload`" in guide.text
             last = last.replace("nginx -s reload", "nginx")
         assert "ok" in machine.run(last)
+        for page in ("", "dashboard", "extract-fcgi/page.css"):
+            machine.run(f"curl -sS --fail {CURL} https://{NAME}/{page}")
 
     def test_extraction(self, machine: Machine) -> None:
         guide, _ = self.guides(machine)

@@ -64,7 +64,7 @@ class Life:
     def curl(self, machine: Machine) -> str:
         """As nginx/README.md says, "Calling it", "curl"."""
         command = self.guides(machine)[1].commands("curl", "-F companyID")
-        assert command.startswith(f"curl https://{NAME}/extract ")
+        assert command.startswith("curl ") and f" https://{NAME}/extract " in command
         return f"KEY={type(self).client_key}\n{command.replace('curl ', f'curl -sS {CURL} ', 1)}"
 
     @staticmethod

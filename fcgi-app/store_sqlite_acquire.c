@@ -10,6 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define MANY 32 /* tokens of a company */
+#define TRIES 4
+
 struct candidate {
     int64_t token_id;
     int64_t limit;
@@ -102,17 +105,18 @@ static enum err_code add_candidate(struct candidates *found, sqlite3_stmt *row, 
     return ERR_NONE;
 }
 
-/* The company's Active tokens. */
-static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_id,
-                                     struct candidates *found, struct err *err)
-{
-#define CANDIDATES(company)                                                             \
+#define CANDIDATES(which)                                                               \
     "SELECT t.TokenID, t.TotalTokenLimit, s.TokenID IS NOT NULL,"                       \
     " IFNULL(s.TotalUsedTokens, " SQLITE_USED_BY_ROWS "), IFNULL(s.ReservedTokens, 0)," \
     " CAST(ROUND((julianday(t.CooldownUntil) - 2440587.5) * 86400000.0) AS INTEGER),"   \
     " t.ApiKey"                                                                         \
     " FROM TokenMaster t LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID"        \
-    " WHERE " company " AND t.Status = 'Active' AND " SQLITE_PROVIDER_SERVED " ORDER BY t.TokenID"
+    " WHERE " which " AND t.Status = 'Active' AND " SQLITE_PROVIDER_SERVED " ORDER BY t.TokenID"
+
+/* The company's Active tokens. */
+static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_id,
+                                     struct candidates *found, struct err *err)
+{
     static const char ascii[] = CANDIDATES(COMPANY_ASCII);
     static const char unicode[] = CANDIDATES(COMPANY_UNICODE);
     sqlite3_stmt *row = NULL;
@@ -127,6 +131,42 @@ static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_i
     }
     if (code == ERR_NONE && result != SQLITE_ROW && result != SQLITE_DONE)
         code = sqlite_failed(err, result);
+    sqlite3_reset(row);
+    return code;
+}
+
+/* The nth of the company's Active tokens, if it is one of Gemini. Walks the index only. */
+static enum err_code find_nth(struct sqlite_tx *tx, const char *company_id, uint64_t nth,
+                              struct candidates *found, struct err *err)
+{
+    static const char sql[] =
+        CANDIDATES("t.TokenID = (SELECT TokenID FROM TokenMaster t WHERE " COMPANY_ASCII
+                   " AND Status = 'Active' ORDER BY TokenID LIMIT 1 OFFSET ?2)");
+    sqlite3_stmt *row = NULL;
+    enum err_code code =
+        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(company_id), sql_int((int64_t)nth));
+
+    if (row != NULL)
+        code = add_candidate(found, row, tx->now_ms, err);
+    sqlite3_reset(row);
+    return code;
+}
+
+/* How many tokens of the company are Active, of whatever provider; 0 where no index tells. */
+static enum err_code count_active(struct sqlite_tx *tx, const char *company_id, uint64_t *count,
+                                  struct err *err)
+{
+    static const char sql[] =
+        "SELECT COUNT(*) FROM TokenMaster t WHERE " COMPANY_ASCII " AND t.Status = 'Active'";
+    sqlite3_stmt *row = NULL;
+    enum err_code code = ERR_NONE;
+
+    *count = 0;
+    if (choose_sql(company_id, sql, NULL) == NULL)
+        return ERR_NONE;
+    code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(company_id));
+    if (row != NULL)
+        *count = (uint64_t)sqlite3_column_int64(row, 0);
     sqlite3_reset(row);
     return code;
 }
@@ -211,6 +251,28 @@ static const struct candidate *decide(const struct candidates *found, struct sto
         a->grant = counts[FIT_BUSY] > 0 ? GRANT_BUSY : GRANT_UNAVAILABLE;
     }
     return NULL;
+}
+
+/* Of a company with many tokens not all are looked at where one of those that chance names first can
+ * serve: reading a thousand would take longer than all the rest. Each that is usable is as likely as
+ * another either way. *chosen: NULL where all must be looked at. */
+static enum err_code try_some(struct sqlite_tx *tx, const struct store_acquire *a,
+                              struct candidates *found, const struct candidate **chosen,
+                              struct err *err)
+{
+    uint64_t active = 0;
+    enum err_code code = count_active(tx, a->company_id, &active, err);
+
+    *chosen = NULL;
+    for (uint64_t i = 0; i < TRIES && active > MANY && code == ERR_NONE && *chosen == NULL; i++) {
+        found->count = 0;
+        code = find_nth(tx, a->company_id, (a->choice + i * (active / TRIES)) % active, found, err);
+        if (code == ERR_NONE && found->count == 1 && classify(&found->all[0], a) == FIT_USABLE)
+            *chosen = &found->all[0];
+    }
+    if (*chosen == NULL)
+        found->count = 0;
+    return code;
 }
 
 /* ---- idempotency keys ---- */
@@ -375,21 +437,21 @@ static enum err_code choose_and_reserve(struct sqlite_tx *tx, struct store_acqui
                                         struct err *err)
 {
     struct candidates found = {0};
+    const struct candidate *chosen = NULL;
     bool known = false;
     bool expired = false;
     enum err_code code = ERR_NONE;
 
     if (!a->fallback_only)
+        code = try_some(tx, a, &found, &chosen, err);
+    if (code == ERR_NONE && !a->fallback_only && chosen == NULL)
         code = find_candidates(tx, a->company_id, &found, err);
-    if (code != ERR_NONE)
+    if (code == ERR_NONE && chosen == NULL && found.count > 0)
+        chosen = decide(&found, a);
+    if (code == ERR_NONE && chosen != NULL)
+        code = reserve_token(tx, a, chosen, err);
+    if (code != ERR_NONE || chosen != NULL)
         goto out;
-    if (found.count > 0) {
-        const struct candidate *chosen = decide(&found, a);
-        if (chosen != NULL) {
-            code = reserve_token(tx, a, chosen, err);
-            goto out;
-        }
-    }
     code = look_at_newest(tx, a->company_id, a->company_id_stored, &known, &expired, err);
     if (code != ERR_NONE || found.count > 0)
         goto out;

@@ -1856,6 +1856,48 @@ static void keeps_texts_of_any_script_and_length(void **state)
     assert_int_equal(GRANT_NO_TOKEN, acquire_new("🧾", &a));
 }
 
+/* Of very many: as likely one as another, and the only one that can serve is found. */
+static void chooses_among_many(void **state)
+{
+    (void)state;
+    enum { COUNT_OF_MANY = 100 };
+    struct store_acquire a;
+    int64_t ids[COUNT_OF_MANY];
+    int taken[COUNT_OF_MANY] = {0};
+    char id[UUID_TEXT_SIZE];
+    sql("BEGIN");
+    for (int i = 0; i < COUNT_OF_MANY; i++)
+        sql("INSERT INTO TokenMaster (CompanyID, ApiKey, TotalTokenLimit)"
+            " VALUES ('NT047', 'AIza-of-many-%d', 1000000)",
+            i);
+    sql("COMMIT");
+    for (int i = 0; i < COUNT_OF_MANY; i++)
+        ids[i] = number("SELECT MIN(TokenID) FROM TokenMaster") + i;
+    for (int i = 0; i < COUNT_OF_MANY; i++) {
+        uuid_v7(id);
+        a = an_acquire(id, "NT047");
+        a.choice = (uint64_t)i;
+        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        assert_in_range(a.token_id, ids[0], ids[COUNT_OF_MANY - 1]);
+        taken[a.token_id - ids[0]]++;
+    }
+    for (int i = 0; i < COUNT_OF_MANY; i++)
+        assert_int_equal(1, taken[i]);
+    sql("UPDATE TokenMaster SET CooldownUntil = '2099-01-01T00:00:00.000Z' WHERE TokenID <> %lld",
+        (long long)ids[77]);
+    for (uint64_t choice = 0; choice < 8; choice++) {
+        uuid_v7(id);
+        a = an_acquire(id, "NT047");
+        a.choice = choice;
+        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        assert_int_equal(ids[77], a.token_id);
+    }
+    sql("UPDATE TokenMaster SET Provider = 'Another' WHERE TokenID = %lld", (long long)ids[77]);
+    uuid_v7(id);
+    a = an_acquire(id, "NT047");
+    assert_int_equal(GRANT_COOLING, acquire(&a));
+}
+
 /* ---- many at once ---- */
 
 /* Runs work in count processes that begin at the same moment; each must return 0. */
@@ -4415,6 +4457,7 @@ static const struct CMUnitTest contract[] = {
     CONTRACT(compares_companies_without_case),
     CONTRACT(serves_its_provider_only),
     CONTRACT(chooses_among_the_usable),
+    CONTRACT(chooses_among_many),
     CONTRACT(the_newest_token_decides_the_message),
     CONTRACT(keeps_to_the_limit),
     CONTRACT(makes_a_missing_summary),

@@ -57,7 +57,7 @@ class FailingDisk:
     def __init__(self, image: Path, directory: Path) -> None:
         self.image, self.directory = image, directory
         with image.open("wb") as file:
-            file.truncate(16 << 20)
+            file.truncate(32 << 20)
         subprocess.run(["/sbin/mkfs.ext4", "-q", str(image)], check=True)
         directory.mkdir()
         self.mount()

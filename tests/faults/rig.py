@@ -33,6 +33,7 @@ from typing import Any
 from e2e.conftest import BUILD, PATIENCE, QUICK, ROOT, UUID_V7, Answer, Emulator, FastCgi, Stack, eventually, form
 
 TINY = b"%PDF-1.4\n1 0 obj<</Type /Catalog>>endobj\n"
+LARGE = 9_000_000  # bytes of an upload that goes to a file
 PDF = (ROOT / "tests/samples/invoice-de.pdf").read_bytes()
 LOG_LINE = r"^\S+Z (DEBUG|INFO|WARNING|ERROR|CRITICAL) "  # entries that can't reach the store, nor the outbox
 ANSWER_MAX = 16 << 20  # what the service reads of one
@@ -77,7 +78,7 @@ def held(pid: int) -> collections.Counter[str]:
                 name = unix.get(match[1], "inet socket")
             counts[name] += 1
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        if re.search(r"/memfd:upload|/#\d+ \(deleted\)|/upload-", line):
+        if re.search(r"/#\d+ \(deleted\)|/upload-", line):
             counts["mapped spool"] += 1
     counts["thread"] = len(os.listdir(f"/proc/{pid}/task"))
     return counts

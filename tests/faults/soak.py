@@ -133,7 +133,7 @@ class Load:
         else:
             base = SAMPLES[chance.choice(list(SAMPLES))] if kind < 0.35 else None
             size = int(chance.expovariate(1 / 1_500_000)) if kind > 0.9 else 0
-            request = self.rig.upload(company, min(size, 8_000_000), base=base)
+            request = self.rig.upload(company, min(size, 10_000_000), base=base)
             self._count(self.rig.send(sent=request, headers=headers))
 
     def _click(self, chance: random.Random, company: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from e2e.conftest import ROOT, Emulator, eventually
-from rig import Rig
+from rig import LARGE, Rig
 
 MakeRig = Callable[..., Rig]
 
@@ -30,7 +30,7 @@ def test_many_at_once(make_rig: MakeRig, crowd: ThreadPoolExecutor) -> None:
     rig = make_rig(processes=3)
     for company in ("A", "B", "B", "B"):
         rig.token(company)
-    answers = [crowd.submit(rig.send, "AB"[n % 2], 2_000_000 * (n % 5 == 0)) for n in range(60)]
+    answers = [crowd.submit(rig.send, "AB"[n % 2], LARGE * (n % 5 == 0)) for n in range(60)]
     assert {answer.result().status for answer in answers} == {200}
     rig.accounted()
 
@@ -106,7 +106,7 @@ def test_leaks_are_seen(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> N
     assert rig.send().status == 200
     rig.accounted()
     [pid] = rig.pids()
-    with closing(rig.begin(rig.upload(size=2_000_000), upto=1000)):
+    with closing(rig.begin(rig.upload(size=LARGE), upto=1000)):
         eventually(lambda: rig.metric("extract_requests_in_flight") == 1)
         monkeypatch.setattr("e2e.conftest.PATIENCE", 0.5)
         with pytest.raises(AssertionError, match=r"holds more than before: .*\.sock.*mapped spool"):

@@ -13,7 +13,7 @@ import pytest
 from conftest import FALLBACK_KEY
 from disks import FailingDisk, fill, may_loop, may_mount, small
 from e2e.conftest import PATIENCE, Emulator, refused, start_refused
-from rig import TOLD, USAGE, Rig, Sent
+from rig import LARGE, TOLD, USAGE, Rig, Sent
 
 MakeRig = Callable[..., Rig]
 KEY = "key-of-the-company"
@@ -26,7 +26,7 @@ class FullTmpfs:
 
     def __init__(self, where: Path) -> None:
         self.state_dir = where / "state"
-        small(self.state_dir, "5m")
+        small(self.state_dir, "20m")
         self.filling: Path | None = None
 
     def fail(self, rig: Rig) -> None:
@@ -169,15 +169,15 @@ def test_between_reservation_and_settlement_of_the_fallback(make: MakeRig, disk:
 def test_while_the_store_is_there(make: MakeRig, disk: Any, emulator: Emulator) -> None:
     """Nothing but a large upload needs it: that is refused before anything is spent."""
     if isinstance(disk, FileSizeLimit):
-        disk.fail = lambda rig: rig.limit(resource.RLIMIT_FSIZE, 1_000_000)  # type: ignore[method-assign]
+        disk.fail = lambda rig: rig.limit(resource.RLIMIT_FSIZE, LARGE - 1_000_000)  # type: ignore[method-assign]
     rig = make()
     rig.token()
     disk.fail(rig)
-    refused(rig.send(size=2_000_000), "storage_full")
+    refused(rig.send(size=LARGE), "storage_full")
     assert emulator.log() == []
     assert [rig.send().status for _ in range(3)] == [200] * 3
     disk.mend(rig)
-    assert rig.send(size=2_000_000).status == 200
+    assert rig.send(size=LARGE).status == 200
     rig.accounted()
 
 

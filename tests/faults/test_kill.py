@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from door import Door
 from e2e.conftest import PATIENCE, Answer, Emulator, eventually
-from rig import Rig
+from rig import LARGE, Rig
 
 MakeRig = Callable[..., Rig]
 KEY = "key-of-the-doomed"
@@ -49,7 +49,7 @@ def is_written_to(database: Path) -> bool:
             return True
 
 
-@pytest.mark.parametrize("size", [0, 3_000_000])
+@pytest.mark.parametrize("size", [0, LARGE])
 def test_while_it_reads_the_upload(make_rig: MakeRig, emulator: Emulator, size: int) -> None:
     rig = make_rig()
     rig.token(key=KEY)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 from e2e.conftest import PATIENCE, Emulator, eventually, refused
-from rig import Rig
+from rig import LARGE, Rig
 
 MakeRig = Callable[..., Rig]
 KEY = "key-of-the-company"
@@ -30,7 +30,7 @@ def test_descriptors_used_up(make_rig: MakeRig, emulator: Emulator, crowd: Threa
     for spare in range(6):  # accept, spool, call, outbox: each is the one that finds none
         rig.limit(resource.RLIMIT_NOFILE, max(descriptors(pid)) + 1 + spare)
         emulator.script(KEY, {"close_connection": True}, repeat=True)  # no worker has one left from before
-        answers = [crowd.submit(rig.send, size=(0, 1_500_000)[n % 2]) for n in range(8)]
+        answers = [crowd.submit(rig.send, size=(0, LARGE)[n % 2]) for n in range(8)]
         eventually(lambda: sum(answer.done() for answer in answers) >= (1 if spare > 3 else 0))
         rig.limit(resource.RLIMIT_NOFILE, 1024)
         for answer in answers:

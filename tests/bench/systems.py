@@ -244,6 +244,7 @@ class Unsynced(Product):
 
 
 class Floor(Pool):
+    is_the_service = False
     name = "floor"
 
     def __init__(self, upstream: Upstream, **settings: Any) -> None:

@@ -15,6 +15,8 @@
 #include "retry.h"
 #include "usage.h"
 
+#define GEMINI_ANSWER_MAX (16 * 1024 * 1024) /* bytes that are read of one, decompressed */
+
 struct gemini;
 struct gemini_client;
 struct invoice_schema;

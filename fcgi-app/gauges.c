@@ -1,7 +1,7 @@
 /* gauges.c - what /metrics says of the store. See gauges.h.
  *
  * One read serves all who ask while it is under way, and those of the next few seconds. Who asks waits
- * until a second after the read's begin, not after the question: a store that hangs holds one scrape, and
+ * until wait_ms after the read's begin, not after the question: a store that hangs holds one scrape, and
  * none of those that follow. What a read brings later than that serves nobody: the store is then too slow
  * for extractions too. */
 #include "gauges.h"
@@ -33,6 +33,7 @@ struct figures {
 
 struct gauges {
     struct store *store, *reader;
+    int64_t wait_ms, serve_ms;
     pthread_t thread;
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t wanted, done;
@@ -93,14 +94,15 @@ static bool take_reservation(void *context, size_t columns, const char *const *n
 static void read_figures(struct gauges *g, struct figures *f)
 {
     const struct store_filter all = {.limit = GAUGES_ROWS_MAX};
+    struct err err = {.message = ""};
 
-    *f = (struct figures){.is_up = store_ping(g->store, NULL) == ERR_NONE};
+    *f = (struct figures){.is_up = store_ping(g->store, &err) == ERR_NONE};
     if (!f->is_up)
         return;
     f->has_tokens =
-        store_query(g->reader, VIEW_TOKENS_BY_STATUS, &all, take_status, f, NULL) == ERR_NONE;
+        store_query(g->reader, VIEW_TOKENS_BY_STATUS, &all, take_status, f, &err) == ERR_NONE;
     f->has_reservations =
-        store_query(g->reader, VIEW_RESERVATIONS, &all, take_reservation, f, NULL) == ERR_NONE;
+        store_query(g->reader, VIEW_RESERVATIONS, &all, take_reservation, f, &err) == ERR_NONE;
 }
 
 static void *run(void *context)
@@ -133,12 +135,12 @@ static struct figures ask(struct gauges *g)
 {
     int64_t now = clock_monotonic_ms();
 
-    if (!g->is_reading && (g->ended_ms == 0 || now - g->ended_ms >= GAUGES_SERVE_MS)) {
+    if (!g->is_reading && (g->ended_ms == 0 || now - g->ended_ms >= g->serve_ms)) {
         g->is_reading = true;
         g->begun_ms = now;
         pthread_cond_signal(&g->wanted);
     }
-    int64_t until_ms = g->begun_ms + GAUGES_WAIT_MS;
+    int64_t until_ms = g->begun_ms + g->wait_ms;
     const struct timespec until = {.tv_sec = (time_t)(until_ms / 1000),
                                    .tv_nsec = (long)(until_ms % 1000) * 1000000};
     while (g->is_reading && pthread_cond_timedwait(&g->done, &g->lock, &until) == 0)
@@ -186,7 +188,8 @@ void gauges_write(struct gauges *g, struct buf *out)
 
 /* ---- starting and stopping ---- */
 
-struct gauges *gauges_start(struct store *store, struct store *reader, struct err *err)
+struct gauges *gauges_start(struct store *store, struct store *reader, int64_t wait_ms,
+                            int64_t serve_ms, struct err *err)
 {
     pthread_condattr_t monotonic;
     struct gauges *g = calloc(1, sizeof *g);
@@ -197,6 +200,8 @@ struct gauges *gauges_start(struct store *store, struct store *reader, struct er
     }
     g->store = store;
     g->reader = reader;
+    g->wait_ms = wait_ms;
+    g->serve_ms = serve_ms;
     pthread_mutex_init(&g->lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);

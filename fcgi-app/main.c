@@ -170,7 +170,8 @@ static enum err_code open_app(struct app *app, struct err *err)
         return err_set(err, ERR_INTERNAL, "out of memory");
     if ((app->auth = auth_open(config, app->store, err)) == NULL ||
         (app->reader = open_reader(config, app->store, err)) == NULL ||
-        (app->gauges = gauges_start(app->store, app->reader, err)) == NULL)
+        (app->gauges =
+             gauges_start(app->store, app->reader, GAUGES_WAIT_MS, GAUGES_SERVE_MS, err)) == NULL)
         return err->code;
     return store_start_background(app->store, err);
 }

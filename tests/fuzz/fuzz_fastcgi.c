@@ -290,6 +290,8 @@ static struct app *start(void)
     CHECK((app.share = share_new(1)) != NULL);
     CHECK((app.auth = auth_open(&config, app.store, &err)) != NULL);
     app.reader = app.store;
+    CHECK((app.gauges = gauges_start(app.store, app.store, GAUGES_WAIT_MS, GAUGES_SERVE_MS,
+                                     &err)) != NULL);
     return &app;
 }
 

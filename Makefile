@@ -52,7 +52,7 @@ BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev
                   libsqlite3-dev libssl-dev libunistring-dev libsodium-dev freetds-dev
 RUN_PACKAGES   := nginx-light spawn-fcgi multiwatch openssl curl ca-certificates python3
 WWW_PACKAGES   := nodejs npm
-TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist python3-jsonschema python3-yaml python3-requests procps sqlite3 $(WWW_PACKAGES) \
+TEST_PACKAGES  := libcmocka-dev python3-pytest python3-pytest-xdist python3-jsonschema python3-yaml python3-requests procps sqlite3 prometheus $(WWW_PACKAGES) \
                   freetds-bin systemd mandoc mono-mcs mono-runtime libmono-system-net-http4.0-cil libmono-system-runtime-serialization4.0-cil
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 BENCH_PACKAGES := wrk libnginx-mod-http-lua python3-fastapi python3-uvicorn python3-httpx python3-multipart \
@@ -246,7 +246,8 @@ install: all manuals www ## Install programs, units, guides, and a configuration
 	for page in $(MANUALS); do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
 	install -D -m 644 systemd/extractctl.completion.bash $(DESTDIR)$(completions)/extractctl
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
-	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
+	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example \
+	    systemd/extract-fcgi.rules.yml systemd/extract-fcgi.dashboard.json
 	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md nginx/openapi.yaml
 	install -D -m 644 -t $(INSTALLED)/nginx/www/extract-fcgi nginx/www/extract-fcgi/*
 	install -D -m 644 -t $(INSTALLED)/sql sql/*.sql sql/README.md

@@ -90,7 +90,10 @@ static enum err_code far_query(void *self, enum store_view view, const struct st
     static const char *const names[] = {"ReservationID", "State"};
     (void)self;
 
+    pthread_mutex_lock(&far.lock);
     far.queries++;
+    pthread_cond_broadcast(&far.changed);
+    pthread_mutex_unlock(&far.lock);
     if (view == VIEW_TOKENS_BY_STATUS)
         return give_tokens(row, context, err);
     assert_int_equal(view, VIEW_RESERVATIONS);
@@ -133,6 +136,7 @@ static struct gauges *gauges;
 static struct buf text;
 
 #define LONG_MS 60000
+#define IMPATIENT_MS 200
 
 static int start(int64_t wait_ms, int64_t serve_ms)
 {
@@ -159,7 +163,13 @@ static int set_up(void **state)
 static int set_up_impatient(void **state)
 {
     (void)state;
-    return start(200, LONG_MS);
+    return start(IMPATIENT_MS, LONG_MS);
+}
+
+static int set_up_impatient_and_forgetful(void **state)
+{
+    (void)state;
+    return start(IMPATIENT_MS, 0);
 }
 
 static int set_up_forgetful(void **state)
@@ -256,22 +266,44 @@ static void test_a_view_that_fails(void **state)
     assert_non_null(strstr(said, "extract_reservations"));
 }
 
-/* The first who asks waits as long as the store may take; the others not at all, and the store is not asked
- * again before it has answered. What it says then is too late. */
+static void far_await_queries(int n)
+{
+    pthread_mutex_lock(&far.lock);
+    while (far.queries < n)
+        pthread_cond_wait(&far.changed, &far.lock);
+    pthread_mutex_unlock(&far.lock);
+}
+
+/* The first who asks waits as long as the store may take, the others not at all (each would otherwise add
+ * to the time after which the alarm ends the tests), and the store is not asked again before it has
+ * answered. What it says then is too late. */
 static void test_a_store_that_hangs(void **state)
 {
     (void)state;
     far_gate(false);
     int64_t begun = clock_monotonic_ms();
     assert_non_null(strstr(ask(), "\nextract_store_up 0\n"));
-    assert_true(clock_monotonic_ms() - begun >= 200);
-    for (int i = 0; i < 100; i++)
+    assert_true(clock_monotonic_ms() - begun >= IMPATIENT_MS);
+    for (int i = 0; i < 1000; i++)
         assert_null(strstr(ask(), "extract_api_tokens"));
     assert_int_equal(far_pings(), 1);
     far_gate(true);
-    gauges_stop(gauges); /* waits for the read */
-    gauges = NULL;
-    assert_int_equal(far.queries, 2);
+    far_await_queries(2);
+    for (int i = 0; i < 20000; i++)
+        assert_non_null(strstr(ask(), "\nextract_store_up 0\n"));
+}
+
+/* What it had said before serves no longer, either. */
+static void test_a_store_that_begins_to_hang(void **state)
+{
+    (void)state;
+    while (strstr(ask(), "\nextract_store_up 1\n") == NULL) /* a busy machine */
+        ;
+    far_gate(false);
+    const char *said = ask();
+    assert_non_null(strstr(said, "\nextract_store_up 0\n"));
+    assert_null(strstr(said, "extract_api_tokens"));
+    far_gate(true);
 }
 
 static void *ask_once(void *out)
@@ -314,6 +346,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_a_store_that_is_away, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_a_view_that_fails, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_a_store_that_hangs, set_up_impatient, tear_down),
+        cmocka_unit_test_setup_teardown(test_a_store_that_begins_to_hang,
+                                        set_up_impatient_and_forgetful, tear_down),
         cmocka_unit_test_setup_teardown(test_who_asks_together_is_served_together, set_up,
                                         tear_down),
     };

@@ -295,6 +295,7 @@ static void test_other_meaning_is_replaced(void **state)
     metrics_close();
     int fd = open(in_directory("metrics"), O_RDWR | O_CLOEXEC);
     assert_int_equal(pread(fd, &fingerprint, sizeof fingerprint, 16), sizeof fingerprint);
+    assert_int_not_equal(fingerprint, 0);
     fingerprint ^= 1;
     assert_int_equal(pwrite(fd, &fingerprint, sizeof fingerprint, 16), sizeof fingerprint);
     close(fd);

@@ -45,7 +45,8 @@ OBJECTS  := $(COMMON:%.c=$(BUILD)/%.o) $(BUILD)/fcgi-app/embed.o $(if $(filter t
 EMBEDDED := fcgi-app/invoice.schema.json fcgi-app/prompt.txt sql/setup_sqlite.sql \
             sql/setup_database.sql
 UNITS    := $(patsubst tests/unit/%.c,$(BUILD)/tests/unit/%,$(wildcard tests/unit/test_*.c))
-PYTEST   := PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -p no:cacheprovider
+PROMETHEUS := $(abspath $(BUILD))/prometheus/usr/bin
+PYTEST   := PATH="$$PATH:/usr/sbin:$(PROMETHEUS)" PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -p no:cacheprovider
 
 # What Debian 12 calls what is needed: to build, to run and to test.
 BUILD_PACKAGES := gcc make pkg-config libc6-dev libfcgi-dev libcurl4-openssl-dev libjson-c-dev libinih-dev \
@@ -143,7 +144,12 @@ check-emulator: ## The tests of what stands in for others: Gemini (with Google's
 check-openapi: ## nginx/openapi.yaml against the schema of OpenAPI 3.1 (that the service keeps to it, check-e2e looks at)
 	tests/openapi/run
 
-check-e2e: all www ## The whole thing through a real nginx; T='-k name' chooses tests
+# Prometheus reads /metrics, promtool judges it and the alert rules.
+$(PROMETHEUS)/promtool:
+	@tests/unpack-package prometheus $(BUILD)/prometheus
+	@touch $@
+
+check-e2e: all www $(PROMETHEUS)/promtool ## The whole thing through a real nginx; T='-k name' chooses tests
 	BUILD=$(BUILD) $(PYTEST) -n $(PYTEST_JOBS) --dist loadscope tests/e2e $(T)
 
 # The fixtures are those of tests/e2e; node's own lines are the report.
@@ -252,7 +258,8 @@ install: all manuals www ## Install programs, units, guides, and a configuration
 	for page in $(MANUALS); do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
 	install -D -m 644 systemd/extractctl.completion.bash $(DESTDIR)$(completions)/extractctl
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
-	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example
+	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example \
+	    systemd/extract-fcgi.rules.yml systemd/extract-fcgi.dashboard.json
 	$(PLACE) systemd/README.md > $(INSTALLED)/systemd/README.md
 	install -D -m 644 -t $(INSTALLED)/nginx nginx/*.conf nginx/README.md nginx/openapi.yaml
 	install -D -m 644 -t $(INSTALLED)/nginx/www/extract-fcgi nginx/www/extract-fcgi/*

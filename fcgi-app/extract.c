@@ -55,6 +55,7 @@ struct extraction {
     /* the last call */
     struct gemini_answer answer;
     struct invoice invoice;        /* where it was a success */
+    enum retry_class class;        /* of what came back */
     const struct retry_rule *rule; /* NULL before the first call */
     int64_t token_id;              /* with which it was made */
     bool unrecorded;               /* it failed, and RetryAttempts does not know yet */
@@ -334,7 +335,8 @@ static void call_once(struct extraction *x)
                                      .timeout_ms = left < timeout ? left : timeout};
     struct retry_outcome *outcome = &x->answer.outcome;
 
-    x->attempts++;
+    if (x->attempts++ > 0)
+        metrics_add(METRIC_RETRIES + (int)x->class, 1);
     x->token_id = x->tokens.current->id;
     gemini_answer_reset(&x->answer);
     gemini_call(x->worker->gemini, &call, &x->answer);
@@ -351,9 +353,9 @@ static void call_once(struct extraction *x)
     if (outcome->understood && !x->answer.has_usage)
         log_warning(x->request->id, NULL,
                     "Gemini's answer has no usageMetadata: its usage is unknown");
-    enum retry_class class = retry_classify(outcome);
-    metrics_add(METRIC_ATTEMPTS + (int)class, 1);
-    x->rule = retry_rule(class);
+    x->class = retry_classify(outcome);
+    metrics_add(METRIC_ATTEMPTS + (int)x->class, 1);
+    x->rule = retry_rule(x->class);
     x->unrecorded = x->rule->action != RETRY_DONE;
 }
 

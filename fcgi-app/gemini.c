@@ -399,7 +399,7 @@ void gemini_call(struct gemini_client *client, const struct gemini_call *call,
     }
     o->sent_whole = body.at == body.size;
     answer->duration_ms = clock_monotonic_ms() - begun;
-    metrics_add(METRIC_GEMINI_MS, answer->duration_ms);
+    metrics_observe(METRIC_GEMINI_DURATION, answer->duration_ms * 1000);
 
     curl_easy_setopt(curl, CURLOPT_HTTPHEADER, NULL);
     curl_easy_setopt(curl, CURLOPT_ERRORBUFFER, NULL);

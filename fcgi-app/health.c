@@ -33,19 +33,16 @@ void health_ready(struct app *app, struct request *request, struct response *res
 
 static void write_outbox(struct buf *out, const struct store_outbox_status *outbox)
 {
-    buf_printf(out,
-               "# HELP extract_outbox_entries What this host's outbox holds: settlements and "
-               "reservations that wait for the store, log entries and retry attempts that do, and "
-               "what the store refused for good.\n"
-               "# TYPE extract_outbox_entries gauge\n"
-               "extract_outbox_entries{state=\"waiting\"} %lld\n"
-               "extract_outbox_entries{state=\"records\"} %lld\n"
-               "extract_outbox_entries{state=\"dead\"} %lld\n"
-               "# HELP extract_outbox_oldest_seconds How long the oldest has waited.\n"
-               "# TYPE extract_outbox_oldest_seconds gauge\n"
-               "extract_outbox_oldest_seconds %lld\n",
-               (long long)outbox->waiting, (long long)outbox->records, (long long)outbox->dead,
-               (long long)outbox->oldest_ms / 1000);
+    metrics_write_head(out, "extract_outbox_entries", "gauge",
+                       "What this host's outbox holds: settlements and reservations that wait for "
+                       "the store, log entries and retry attempts that do, and what the store "
+                       "refused for good.");
+    metrics_write_sample(out, "extract_outbox_entries", "state", "waiting", outbox->waiting);
+    metrics_write_sample(out, "extract_outbox_entries", "state", "records", outbox->records);
+    metrics_write_sample(out, "extract_outbox_entries", "state", "dead", outbox->dead);
+    metrics_write_head(out, "extract_outbox_oldest_seconds", "gauge",
+                       "How long the oldest has waited.");
+    buf_printf(out, "extract_outbox_oldest_seconds %lld\n", (long long)outbox->oldest_ms / 1000);
 }
 
 void health_metrics(struct app *app, struct request *request, struct response *response)
@@ -57,6 +54,7 @@ void health_metrics(struct app *app, struct request *request, struct response *r
     metrics_write(&response->body);
     if (store_outbox_status(app->store, &outbox, &err) == ERR_NONE)
         write_outbox(&response->body, &outbox);
+    gauges_write(app->gauges, &response->body);
     if (!buf_ok(&response->body))
         response_problem(response, request, ERR_INTERNAL, NULL, 0, false);
 }

@@ -169,7 +169,9 @@ static enum err_code open_app(struct app *app, struct err *err)
     if ((app->share = share_new(most)) == NULL)
         return err_set(err, ERR_INTERNAL, "out of memory");
     if ((app->auth = auth_open(config, app->store, err)) == NULL ||
-        (app->reader = open_reader(config, app->store, err)) == NULL)
+        (app->reader = open_reader(config, app->store, err)) == NULL ||
+        (app->gauges =
+             gauges_start(app->store, app->reader, GAUGES_WAIT_MS, GAUGES_SERVE_MS, err)) == NULL)
         return err->code;
     return store_start_background(app->store, err);
 }
@@ -180,6 +182,7 @@ static void close_app(struct app *app)
         log_set_sink(NULL, NULL);
         recorder_stop(app->recorder, FLUSH_MS);
     }
+    gauges_stop(app->gauges);
     auth_close(app->auth);
     if (app->reader != app->store)
         store_close(app->reader);

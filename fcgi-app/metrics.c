@@ -1,6 +1,7 @@
-/* metrics.c - counters and gauges, summed over all processes of the pool. See metrics.h.
+/* metrics.c - counters, histograms and gauges, summed over all processes of the pool. See metrics.h.
  *
- * The file: a page that says what it is, then a page for each slot. A slot is claimed by a write lock
+ * The file: a page that says what it is (a fingerprint of what each place of a slot counts, made from
+ * the tables below), then a page for each slot. A slot is claimed by a write lock
  * on its bytes that belongs to the open file (F_OFD_SETLK, fcntl(2)): the kernel drops it when the
  * process dies, and F_OFD_GETLK tells which slots are held by others. A new file appears under its
  * name complete (rename), under a lock on the directory, so that two processes that start together
@@ -26,7 +27,7 @@
 #include "retry.h"
 
 #define MAGIC "EXTRACTM"
-#define LAYOUT 1 /* raise it when the meaning of a counter's place changes */
+#define LAYOUT 2 /* of the file; what the places of a slot count, the fingerprint says */
 #define SLOTS 256
 #define PAGE 4096
 #define FILE_SIZE ((off_t)PAGE * (SLOTS + 1))
@@ -34,8 +35,8 @@
 struct header {
     char magic[8];
     int32_t layout;
-    int32_t codes; /* ERR_CODE_COUNT and METRIC_COUNT: new ones move those behind them */
-    int32_t metrics;
+    int32_t metrics; /* METRIC_COUNT */
+    uint64_t fingerprint;
 };
 
 struct slot {
@@ -43,9 +44,98 @@ struct slot {
 };
 
 _Static_assert(sizeof(struct slot) <= PAGE, "a slot is one page");
-_Static_assert(METRIC_ATTEMPTS + (int)RETRY_CLASS_COUNT <= (int)METRIC_TOKENS_INPUT,
-               "each class of attempts has its counter");
+_Static_assert((int)RETRY_CLASS_COUNT <= METRIC_CLASSES_MAX, "each class has its counter");
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "processes can only share atomics without locks");
+
+/* ---- what is counted ---- */
+
+/* Metrics without labels. */
+static const struct family {
+    int metric;
+    bool in_seconds; /* counted in microseconds */
+    const char *name;
+    const char *help;
+} families[] = {
+    {METRIC_UNKNOWN_CALLS, false, "extract_unknown_calls_total",
+     "Calls to Gemini that may have been billed without an answer that tells how much."},
+    {METRIC_GEMINI_US, true, "extract_gemini_seconds_total", "Time spent in calls to Gemini."},
+    {METRIC_STORE_BATCHES, false, "extract_store_batches_total",
+     "Batches of acquires or settlements that went to the store."},
+    {METRIC_STORE_ITEMS, false, "extract_store_batch_items_total",
+     "Acquires and settlements in those batches."},
+    {METRIC_STORE_US, true, "extract_store_seconds_total", "Time spent in those batches."},
+    {METRIC_LOG_WRITTEN, false, "extract_log_entries_total",
+     "Log entries written to the store, or to standard error in its place."},
+    {METRIC_LOG_DROPPED, false, "extract_log_entries_dropped_total",
+     "Log entries and retry attempts dropped because their queue was full."},
+    {METRIC_UPLOAD_BYTES, false, "extract_upload_bytes_total", "Bytes of uploads read."},
+    {METRIC_UNSETTLED_ALARMS, false, "extract_unsettled_alarms_total",
+     "Settlements that neither store nor outbox took: on standard error only."},
+    {METRIC_IN_FLIGHT, false, "extract_requests_in_flight", "Extractions that a worker serves."},
+    {METRIC_QUEUED, false, "extract_requests_queued", "Extractions that wait for a worker."},
+    {METRIC_HINT_WAITERS, false, "extract_hint_waiters",
+     "Workers that wait for a rate limit to end."},
+    {METRIC_WORKERS, false, "extract_workers", "Worker threads."},
+};
+
+static const struct {
+    int metric;
+    const char *kind;
+} token_kinds[] = {
+    {METRIC_TOKENS_INPUT, "input"},       {METRIC_TOKENS_OUTPUT, "output"},
+    {METRIC_TOKENS_THOUGHTS, "thoughts"}, {METRIC_TOKENS_CACHED, "cached"},
+    {METRIC_TOKENS_TOTAL, "total"},
+};
+
+/* Durations. A bucket counts what took longer than the bound before it, up to its own. */
+static const struct histogram {
+    int sum;     /* its metric */
+    int buckets; /* the first one's; after that of the last bound, one for what is slower */
+    const char *name;
+    const char *help;
+    struct {
+        int64_t us;
+        const char *le;
+    } bounds[METRIC_BUCKETS_MAX - 1];
+} histograms[METRIC_HISTOGRAM_COUNT] = {
+    [METRIC_GEMINI_DURATION] = {METRIC_GEMINI_US,
+                                METRIC_GEMINI_BUCKETS,
+                                "extract_gemini_duration_seconds",
+                                "How long calls to Gemini took, also those that failed.",
+                                {{250000, "0.25"},
+                                 {500000, "0.5"},
+                                 {1000000, "1"},
+                                 {2000000, "2"},
+                                 {3000000, "3"},
+                                 {5000000, "5"},
+                                 {8000000, "8"},
+                                 {13000000, "13"},
+                                 {20000000, "20"},
+                                 {30000000, "30"},
+                                 {45000000, "45"},
+                                 {60000000, "60"},
+                                 {90000000, "90"},
+                                 {120000000, "120"}}},
+    [METRIC_STORE_DURATION] = {METRIC_STORE_US,
+                               METRIC_STORE_BUCKETS,
+                               "extract_store_duration_seconds",
+                               "How long batches of acquires or settlements took in the store.",
+                               {{1000, "0.001"},
+                                {2500, "0.0025"},
+                                {5000, "0.005"},
+                                {10000, "0.01"},
+                                {25000, "0.025"},
+                                {50000, "0.05"},
+                                {100000, "0.1"},
+                                {250000, "0.25"},
+                                {500000, "0.5"},
+                                {1000000, "1"},
+                                {2500000, "2.5"},
+                                {5000000, "5"},
+                                {10000000, "10"}}},
+};
+
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 static struct slot private_slot;
 static struct slot *_Atomic own_slot = &private_slot;
@@ -61,6 +151,26 @@ void metrics_add(int metric, int64_t n)
     atomic_fetch_add_explicit(&slot->values[metric], n, memory_order_relaxed);
 }
 
+static size_t bound_count(const struct histogram *h)
+{
+    size_t n = 0;
+
+    while (n < COUNT(h->bounds) && h->bounds[n].us > 0)
+        n++;
+    return n;
+}
+
+void metrics_observe(enum metric_histogram histogram, int64_t us)
+{
+    const struct histogram *h = &histograms[histogram];
+    size_t bounds = bound_count(h), i = 0;
+
+    while (i < bounds && us > h->bounds[i].us)
+        i++;
+    metrics_add(h->buckets + (int)i, 1);
+    metrics_add(h->sum, us);
+}
+
 int64_t metrics_own(int metric)
 {
     struct slot *slot = atomic_load_explicit(&own_slot, memory_order_relaxed);
@@ -69,9 +179,41 @@ int64_t metrics_own(int metric)
 
 /* ---- the file ---- */
 
+/* FNV-1a, of a text with its end, and of the place that counts what it names. */
+static void mix(uint64_t *hash, const char *name, int place)
+{
+    char text[128];
+    int len = snprintf(text, sizeof text, "%s=%d", name, place);
+
+    for (int i = 0; i <= len && i < (int)sizeof text; i++)
+        *hash = (*hash ^ (unsigned char)text[i]) * UINT64_C(0x100000001b3);
+}
+
+/* Another one wherever a place may mean something else. */
+static uint64_t fingerprint(void)
+{
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+
+    for (int code = 0; code < ERR_CODE_COUNT; code++)
+        mix(&hash, err_info((enum err_code)code)->name, METRIC_REQUESTS + code);
+    for (int c = 0; c < RETRY_CLASS_COUNT; c++) {
+        mix(&hash, retry_rule((enum retry_class)c)->name, METRIC_ATTEMPTS + c);
+        mix(&hash, retry_rule((enum retry_class)c)->name, METRIC_RETRIES + c);
+    }
+    for (size_t i = 0; i < COUNT(token_kinds); i++)
+        mix(&hash, token_kinds[i].kind, token_kinds[i].metric);
+    for (size_t i = 0; i < COUNT(families); i++)
+        mix(&hash, families[i].name, families[i].metric);
+    for (size_t i = 0; i < COUNT(histograms); i++)
+        for (size_t b = 0; b < bound_count(&histograms[i]); b++)
+            mix(&hash, histograms[i].bounds[b].le, histograms[i].buckets + (int)b);
+    return hash;
+}
+
 static struct header this_header(void)
 {
-    struct header header = {.layout = LAYOUT, .codes = ERR_CODE_COUNT, .metrics = METRIC_COUNT};
+    struct header header = {
+        .layout = LAYOUT, .metrics = METRIC_COUNT, .fingerprint = fingerprint()};
     memcpy(header.magic, MAGIC, sizeof header.magic);
     return header;
 }
@@ -273,68 +415,61 @@ static int sum_slots(int64_t sums[METRIC_COUNT])
     return processes;
 }
 
-/* Metrics without labels. */
-static const struct family {
-    int metric;
-    bool in_seconds; /* counted in milliseconds */
-    const char *name;
-    const char *help;
-} families[] = {
-    {METRIC_UNKNOWN_CALLS, false, "extract_unknown_calls_total",
-     "Calls to Gemini that may have been billed without an answer that tells how much."},
-    {METRIC_GEMINI_MS, true, "extract_gemini_seconds_total", "Time spent in calls to Gemini."},
-    {METRIC_STORE_BATCHES, false, "extract_store_batches_total",
-     "Batches of acquires or settlements that went to the store."},
-    {METRIC_STORE_ITEMS, false, "extract_store_batch_items_total",
-     "Acquires and settlements in those batches."},
-    {METRIC_STORE_MS, true, "extract_store_seconds_total", "Time spent in those batches."},
-    {METRIC_LOG_WRITTEN, false, "extract_log_entries_total",
-     "Log entries written to the store, or to standard error in its place."},
-    {METRIC_LOG_DROPPED, false, "extract_log_entries_dropped_total",
-     "Log entries and retry attempts dropped because their queue was full."},
-    {METRIC_UPLOAD_BYTES, false, "extract_upload_bytes_total", "Bytes of uploads read."},
-    {METRIC_UNSETTLED_ALARMS, false, "extract_unsettled_alarms_total",
-     "Settlements that neither store nor outbox took: on standard error only."},
-    {METRIC_IN_FLIGHT, false, "extract_requests_in_flight", "Extractions that a worker serves."},
-    {METRIC_QUEUED, false, "extract_requests_queued", "Extractions that wait for a worker."},
-    {METRIC_HINT_WAITERS, false, "extract_hint_waiters",
-     "Workers that wait for a rate limit to end."},
-    {METRIC_WORKERS, false, "extract_workers", "Worker threads."},
-};
-
-static const struct {
-    int metric;
-    const char *kind;
-} token_kinds[] = {
-    {METRIC_TOKENS_INPUT, "input"},       {METRIC_TOKENS_OUTPUT, "output"},
-    {METRIC_TOKENS_THOUGHTS, "thoughts"}, {METRIC_TOKENS_CACHED, "cached"},
-    {METRIC_TOKENS_TOTAL, "total"},
-};
-
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-
-static void write_head(struct buf *out, const char *name, const char *help, bool gauge)
+void metrics_write_head(struct buf *out, const char *name, const char *kind, const char *help)
 {
-    buf_printf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, gauge ? "gauge" : "counter");
+    buf_printf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind);
 }
 
-static void write_labelled(struct buf *out, const char *name, const char *label, const char *value,
-                           int64_t n)
+void metrics_write_sample(struct buf *out, const char *name, const char *label, const char *value,
+                          int64_t n)
 {
     buf_printf(out, "%s{%s=\"%s\"} %lld\n", name, label, value, (long long)n);
+}
+
+static void write_seconds(struct buf *out, const char *name, int64_t us)
+{
+    buf_printf(out, "%s %lld.%06lld\n", name, (long long)us / 1000000, (long long)us % 1000000);
 }
 
 static void write_families(struct buf *out, const int64_t sums[METRIC_COUNT])
 {
     for (size_t i = 0; i < COUNT(families); i++) {
         const struct family *f = &families[i];
-        long long n = (long long)sums[f->metric];
-        write_head(out, f->name, f->help, is_gauge(f->metric));
+        metrics_write_head(out, f->name, is_gauge(f->metric) ? "gauge" : "counter", f->help);
         if (f->in_seconds)
-            buf_printf(out, "%s %lld.%03lld\n", f->name, n / 1000, n % 1000);
+            write_seconds(out, f->name, sums[f->metric]);
         else
-            buf_printf(out, "%s %lld\n", f->name, n);
+            buf_printf(out, "%s %lld\n", f->name, (long long)sums[f->metric]);
     }
+}
+
+/* The count is that of the buckets, so that the two always agree. */
+static void write_histograms(struct buf *out, const int64_t sums[METRIC_COUNT])
+{
+    for (size_t i = 0; i < COUNT(histograms); i++) {
+        const struct histogram *h = &histograms[i];
+        size_t bounds = bound_count(h);
+        long long count = 0;
+        char name[64];
+
+        metrics_write_head(out, h->name, "histogram", h->help);
+        snprintf(name, sizeof name, "%s_bucket", h->name);
+        for (size_t b = 0; b <= bounds; b++) {
+            count += sums[h->buckets + (int)b];
+            metrics_write_sample(out, name, "le", b < bounds ? h->bounds[b].le : "+Inf", count);
+        }
+        snprintf(name, sizeof name, "%s_sum", h->name);
+        write_seconds(out, name, sums[h->sum]);
+        buf_printf(out, "%s_count %lld\n", h->name, count);
+    }
+}
+
+static void write_classes(struct buf *out, const char *name, const char *help,
+                          const int64_t sums[RETRY_CLASS_COUNT])
+{
+    metrics_write_head(out, name, "counter", help);
+    for (int c = 0; c < RETRY_CLASS_COUNT; c++)
+        metrics_write_sample(out, name, "class", retry_rule((enum retry_class)c)->name, sums[c]);
 }
 
 void metrics_write(struct buf *out)
@@ -342,21 +477,23 @@ void metrics_write(struct buf *out)
     int64_t sums[METRIC_COUNT] = {0};
     int processes = sum_slots(sums);
 
-    write_head(out, "extract_requests_total", "Extractions, by outcome.", false);
+    metrics_write_head(out, "extract_requests_total", "counter", "Extractions, by outcome.");
     for (int code = ERR_NONE; code < ERR_CONFIG; code++)
-        write_labelled(out, "extract_requests_total", "code", err_info((enum err_code)code)->name,
-                       sums[METRIC_REQUESTS + code]);
-    write_head(out, "extract_attempts_total", "Calls to Gemini, by what came back.", false);
-    for (int c = 0; c < RETRY_CLASS_COUNT; c++)
-        write_labelled(out, "extract_attempts_total", "class",
-                       retry_rule((enum retry_class)c)->name, sums[METRIC_ATTEMPTS + c]);
-    write_head(out, "extract_tokens_total", "Gemini's tokens, by kind.", false);
+        metrics_write_sample(out, "extract_requests_total", "code",
+                             err_info((enum err_code)code)->name, sums[METRIC_REQUESTS + code]);
+    write_classes(out, "extract_attempts_total", "Calls to Gemini, by what came back.",
+                  &sums[METRIC_ATTEMPTS]);
+    write_classes(out, "extract_retries_total",
+                  "Calls to Gemini made again, by what had come back from the one before.",
+                  &sums[METRIC_RETRIES]);
+    metrics_write_head(out, "extract_tokens_total", "counter", "Gemini's tokens, by kind.");
     for (size_t i = 0; i < COUNT(token_kinds); i++)
-        write_labelled(out, "extract_tokens_total", "kind", token_kinds[i].kind,
-                       sums[token_kinds[i].metric]);
+        metrics_write_sample(out, "extract_tokens_total", "kind", token_kinds[i].kind,
+                             sums[token_kinds[i].metric]);
     write_families(out, sums);
-    write_head(out, "extract_processes", "Processes of the pool.", true);
+    write_histograms(out, sums);
+    metrics_write_head(out, "extract_processes", "gauge", "Processes of the pool.");
     buf_printf(out, "extract_processes %d\n", processes);
-    write_head(out, "extract_build_info", "The version that answers.", true);
-    write_labelled(out, "extract_build_info", "version", EXTRACT_VERSION, 1);
+    metrics_write_head(out, "extract_build_info", "gauge", "The version that answers.");
+    metrics_write_sample(out, "extract_build_info", "version", EXTRACT_VERSION, 1);
 }

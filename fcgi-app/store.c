@@ -131,7 +131,7 @@ static enum err_code carry(struct lane *lane, void **items, size_t count)
 static void run_lane(void *context, void **items, size_t count)
 {
     struct lane *lane = context;
-    int64_t start_ms = clock_monotonic_ms();
+    int64_t start_us = clock_monotonic_us();
 
     enum err_code code = carry(lane, items, count);
     if (may_be_one_of_many(code) && count > 1) {
@@ -142,7 +142,7 @@ static void run_lane(void *context, void **items, size_t count)
     atomic_store(&lane->store->answers, code != ERR_STORE_UNAVAILABLE);
     metrics_add(METRIC_STORE_BATCHES, 1);
     metrics_add(METRIC_STORE_ITEMS, (int64_t)count);
-    metrics_add(METRIC_STORE_MS, clock_monotonic_ms() - start_ms);
+    metrics_observe(METRIC_STORE_DURATION, clock_monotonic_us() - start_us);
 }
 
 /* ---- opening and closing ---- */

@@ -6,6 +6,7 @@
 
 #include "auth.h"
 #include "config.h"
+#include "gauges.h"
 #include "gemini.h"
 #include "invoice.h"
 #include "record.h"
@@ -21,6 +22,7 @@ struct app {
     struct share *share;
     struct store *reader; /* of /admin: the second login's, or the same */
     struct auth *auth;
+    struct gauges *gauges;
     char *fallback_key;    /* NULL: no fallback */
     atomic_int long_waits; /* workers that wait on a rate limit's hint longer than max_delay */
 };

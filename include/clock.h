@@ -1,4 +1,4 @@
-/* clock.h - time, and the identifiers made from it. All durations are in milliseconds. */
+/* clock.h - time, and the identifiers made from it. Durations are in milliseconds. */
 #ifndef EXTRACT_CLOCK_H
 #define EXTRACT_CLOCK_H
 
@@ -12,6 +12,7 @@
 
 /* Monotonic time: for deadlines and durations. */
 int64_t clock_monotonic_ms(void);
+int64_t clock_monotonic_us(void); /* in microseconds: to measure what takes a few milliseconds */
 /* Milliseconds since 1970-01-01 UTC: for rows that people read. */
 int64_t clock_wall_ms(void);
 /* Sleeps until the monotonic time given. Not cut short by signals. */

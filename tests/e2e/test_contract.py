@@ -663,13 +663,15 @@ def test_metrics_are_prometheus_text(stack: Stack) -> None:
     for line in text.splitlines():
         if match := re.fullmatch(r"# HELP (\w+) \S.*", line):
             helped.add(match[1])
-        elif match := re.fullmatch(r"# TYPE (\w+) (counter|gauge)", line):
+        elif match := re.fullmatch(r"# TYPE (\w+) (counter|gauge|histogram)", line):
             described[match[1]] = match[2]
         elif line:
             match = re.fullmatch(r'(\w+)(\{\w+="[^"\\]*"\})? (\d+(\.\d+)?)', line)
             assert match, line
-            assert match[1] in described and match[1] in helped, line
-            assert match[1].endswith("_total") == (described[match[1]] == "counter"), line
+            family = match[1] if match[1] in described else re.sub("_(bucket|sum|count)$", "", match[1])
+            assert family in described and family in helped, line
+            assert (family != match[1]) == (described[family] == "histogram"), line
+            assert family.endswith("_total") == (described[family] == "counter"), line
     codes = set(re.findall(r'extract_requests_total\{code="(\w+)"\}', text))
     assert codes >= set(PROBLEMS) | {"success"}
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, Emulator, Stack, eventually, form
 
-SAMPLE = re.compile(r'([a-z_]+)(\{[a-z]+="[A-Za-z0-9_.]+"\})? (-?\d+(\.\d+)?)')
+SAMPLE = re.compile(r'([a-z_]+)(\{[a-z]+="[A-Za-z0-9_.+]+"\})? (-?\d+(\.\d+)?)')
+OF_THE_STORE = re.compile("extract_(store_up|api_tokens|reservations)")  # read at most every few seconds
 
 
 def samples(stack: Stack) -> dict[str, float]:
     """All samples of /metrics. The text must be as Prometheus reads it: HELP and TYPE first, samples of one metric
-    together, no sample twice, names of counters and only those with _total."""
+    together, no sample twice, names of counters and only those with _total, of a histogram three names."""
     answer = stack.get("/metrics")
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     text = answer.body.decode()
@@ -31,22 +32,35 @@ def samples(stack: Stack) -> dict[str, float]:
             assert helped not in kinds and words.endswith(".")
         elif line.startswith("# TYPE "):
             _, _, current, kinds[helped] = line.split(" ")
-            assert current == helped and kinds[current] in ("counter", "gauge")
+            assert current == helped and kinds[current] in ("counter", "gauge", "histogram")
             assert current.endswith("_total") == (kinds[current] == "counter")
         else:
             match = SAMPLE.fullmatch(line)
-            assert match and match[1] == current, line
+            assert match, line
+            assert (re.sub("_(bucket|sum|count)$", "", match[1]) if kinds[current] == "histogram" else match[1]) == current
             assert match[1] + (match[2] or "") not in found
             found[match[1] + (match[2] or "")] = float(match[3])
-    assert {name.partition("{")[0] for name in found} == set(kinds)
+    names = {name.partition("{")[0] for name in found}
+    assert names == {name + part for name, kind in kinds.items()
+                     for part in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
+    for name in (name for name, kind in kinds.items() if kind == "histogram"):
+        buckets = [value for sample, value in found.items() if sample.startswith(f"{name}_bucket")]
+        assert buckets == sorted(buckets) and buckets[-1] == found[f'{name}_bucket{{le="+Inf"}}'] == found[f"{name}_count"]
     return found
 
 
 def gained(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """What has changed, but for what depends on time or on who else asks."""
+    before, after = ({name: value for name, value in found.items() if not OF_THE_STORE.match(name)}
+                     for found in (before, after))
     assert before.keys() == after.keys()
     return {name: after[name] - before[name] for name in after if after[name] != before[name]
             and not re.search("seconds|batch|log_entries", name)}
+
+
+def lasted(before: dict[str, float], after: dict[str, float], what: str) -> float:
+    """How many more a histogram has counted."""
+    return after[f"extract_{what}_duration_seconds_count"] - before[f"extract_{what}_duration_seconds_count"]
 
 
 @pytest.fixture(scope="module")
@@ -90,32 +104,39 @@ def test_one_extraction(pool: Stack, company: str, pdf: bytes) -> None:
            for kind in ("input", "output", "thoughts", "cached", "total")}}
     for name in ("extract_gemini_seconds_total", "extract_store_batches_total", "extract_store_batch_items_total"):
         assert after[name] > before[name]
+    assert lasted(before, after, "gemini") == 1 and lasted(before, after, "store") >= 2
     eventually(lambda: samples(pool)["extract_log_entries_total"] > before["extract_log_entries_total"])
 
 
-@pytest.mark.parametrize("steps, code, attempts", [
-    ([{"status": 503}, {}], "success", {"transient": 1, "success": 1}),
-    ([{"status": 503}] * 4, "upstream_unavailable", {"transient": 4}),
-    ([{"status": 404}], "upstream_rejected", {"rejected": 1}),
-    ([{"status": 400}], "invalid_file", {"invalid_input": 1}),
-    ([{"status": 403}], "upstream_rate_limited", {"key_doubtful": 1}),
-    ([{"text": "no"}] * 2, "invalid_answer", {"bad_text": 2}),
-    ([{"block_reason": "SAFETY"}], "invalid_file", {"no_answer": 1}),
-    ([{"status": 429, "quota_id": "PerDay"}], "upstream_rate_limited", {"daily_quota": 1}),
-    ([{"status": 400, "reason": "API_KEY_INVALID"}], "token_unavailable", {"key_invalid": 1}),
-    ([{"status": 402}], "token_unavailable", {"key_used_up": 1}),
+@pytest.mark.parametrize("steps, code, attempts, retries", [
+    ([{"status": 503}, {}], "success", {"transient": 1, "success": 1}, {"transient": 1}),
+    ([{"status": 503}, {"text": "no"}, {}], "success", {"transient": 1, "bad_text": 1, "success": 1},
+     {"transient": 1, "bad_text": 1}),
+    ([{"status": 503}] * 4, "upstream_unavailable", {"transient": 4}, {"transient": 3}),
+    ([{"status": 404}], "upstream_rejected", {"rejected": 1}, {}),
+    ([{"status": 400}], "invalid_file", {"invalid_input": 1}, {}),
+    ([{"status": 403}], "upstream_rate_limited", {"key_doubtful": 1}, {}),
+    ([{"text": "no"}] * 2, "invalid_answer", {"bad_text": 2}, {"bad_text": 1}),
+    ([{"block_reason": "SAFETY"}], "invalid_file", {"no_answer": 1}, {}),
+    ([{"status": 429, "quota_id": "PerDay"}], "upstream_rate_limited", {"daily_quota": 1}, {}),
+    ([{"status": 400, "reason": "API_KEY_INVALID"}], "token_unavailable", {"key_invalid": 1}, {}),
+    ([{"status": 402}], "token_unavailable", {"key_used_up": 1}, {}),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_outcomes_and_attempts(pool: Stack, emulator: Emulator, company: str, pdf: bytes,
-                               steps: list[dict[str, object]], code: str, attempts: dict[str, int]) -> None:
+                               steps: list[dict[str, object]], code: str, attempts: dict[str, int],
+                               retries: dict[str, int]) -> None:
     pool.token(company, f"key-{company}")
     emulator.script(f"key-{company}", *steps)
     before = samples(pool)
     answer = pool.post(pdf, company)
     assert answer.json().get("code", "success") == code
-    changed = gained(before, samples(pool))
-    assert {name: count for name, count in changed.items() if "requests" in name or "attempts" in name} == {
+    after = samples(pool)
+    changed = gained(before, after)
+    assert {name: count for name, count in changed.items() if re.search("requests|attempts|retries", name)} == {
         f'extract_requests_total{{code="{code}"}}': 1,
-        **{f'extract_attempts_total{{class="{name}"}}': count for name, count in attempts.items()}}
+        **{f'extract_attempts_total{{class="{name}"}}': count for name, count in attempts.items()},
+        **{f'extract_retries_total{{class="{name}"}}': count for name, count in retries.items()}}
+    assert lasted(before, after, "gemini") == sum(attempts.values())
 
 
 def test_requests_that_call_nobody(pool: Stack, company: str, pdf: bytes) -> None:
@@ -162,6 +183,7 @@ def test_counts_of_all_processes_are_summed(pool: Stack, emulator: Emulator, cro
         changed = gained(before, samples(pool))
         assert changed['extract_requests_total{code="success"}'] == 9
         assert changed['extract_attempts_total{class="success"}'] == 9
+        assert lasted(before, samples(pool), "gemini") == 9
         assert "extract_requests_in_flight" not in changed
 
 
@@ -175,7 +197,8 @@ def test_hint_waiters(pool: Stack, emulator: Emulator, company: str, crowd: Thre
 
 
 def counters(found: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in found.items() if "_total" in name and "log_entries" not in name}
+    return {name: value for name, value in found.items()
+            if re.search("_total|_duration_seconds_", name) and "log_entries" not in name}
 
 
 def test_counts_outlive_the_processes(make_stack: Callable[..., Stack], crowd: ThreadPoolExecutor, emulator: Emulator,
@@ -192,6 +215,7 @@ def test_counts_outlive_the_processes(make_stack: Callable[..., Stack], crowd: T
     emulator.wait(held=1)
     before = samples(pool)
     assert before['extract_requests_total{code="success"}'] == 30 and before["extract_requests_in_flight"] == 1
+    assert before["extract_gemini_duration_seconds_count"] == 30
     victim = pool.sql("SELECT ProcessID FROM TokenReservations WHERE State = 'open'")[0]["ProcessID"]
     os.kill(victim, signal.SIGKILL)
     assert doomed.result(PATIENCE).status == 502
@@ -242,3 +266,45 @@ def test_depth_of_the_outbox(make_stack: Callable[..., Stack], tmp_path: Path, c
     [entry] = stack.rows("SELECT COUNT(*) AS n FROM ApplicationLogs WHERE Message LIKE 'extracted: company=' || ? || ' %'",
                          company)
     assert entry["n"] == 1
+
+
+def test_tokens_and_reservations(make_stack: Callable[..., Stack], crowd: ThreadPoolExecutor, emulator: Emulator,
+                                 pdf: bytes) -> None:
+    """What the store says of them, whichever process is asked."""
+    pool = make_stack(processes=2, env={"EXTRACT_RETRY_MAX_RETRIES": "0"})
+
+    def says(**wanted: float) -> None:
+        names = {"up": "extract_store_up", "near": 'extract_api_tokens_over_threshold{status="Active"}',
+                 "open": 'extract_reservations{state="open"}', "unsettled": 'extract_reservations{state="unsettled"}',
+                 **{status: f'extract_api_tokens{{status="{status}"}}'
+                    for status in ("Active", "Expired", "Exceeded", "Disabled", "other")}}
+        for _ in range(10):  # either process
+            eventually(lambda: (found := samples(pool)) and {name: found.get(names[name]) for name in wanted} == wanted)
+
+    says(up=1, Active=0, Expired=0, Exceeded=0, Disabled=0, other=0, near=0, open=0, unsettled=0)
+    pool.token("NT047", "key", "--limit", "10000000")
+    pool.token("NT048", None, "--limit", "1000")
+    pool.ctl("token", "set-status", str(pool.token("NT049")), "Expired")
+    pool.ctl("token", "set-status", str(pool.token("NT049")), "Disabled")
+    pool.sql("UPDATE TokenUsageSummary SET TotalUsedTokens = 900, TotalRemainingTokens = 100 WHERE TokenID = 2")
+    emulator.script("key", {"hold": True}, {"hold": True})
+    held = [crowd.submit(pool.post, pdf) for _ in range(2)]
+    emulator.wait(held=2)
+    says(up=1, Active=2, Expired=1, Exceeded=0, Disabled=1, near=1, open=2, unsettled=0)
+    emulator.release()
+    assert {answer.result(PATIENCE).status for answer in held} == {200}
+    emulator.script("key", {"close": "after_read"})
+    assert pool.post(pdf).status == 502  # nobody knows what it cost
+    says(open=0, unsettled=1)
+
+
+def test_store_away(make_stack: Callable[..., Stack]) -> None:
+    """Then nothing is said of what it holds; all else is, and of no use is a scrape that waits for it."""
+    stack = make_stack(env={"EXTRACT_STORE_QUERY_TIMEOUT": "5s"})
+    stack.allowed_stderr += [r" (INFO|WARNING|ERROR) "]
+    eventually(lambda: samples(stack).get("extract_store_up") == 1)
+    with stack.store_away():
+        away = eventually(lambda: found if (found := samples(stack))["extract_store_up"] == 0 else None)
+        assert not [name for name in away if re.match("extract_(api_tokens|reservations)", name)]
+        assert away["extract_processes"] == 1 and away['extract_outbox_entries{state="dead"}'] == 0
+    eventually(lambda: samples(stack).get('extract_reservations{state="open"}') == 0)

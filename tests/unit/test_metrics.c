@@ -284,6 +284,97 @@ static void test_other_layout_is_replaced(void **state)
     end_process(p, 0);
 }
 
+/* The file as another version, which counts otherwise in the same places, would have left it. */
+static void test_other_meaning_is_replaced(void **state)
+{
+    uint64_t fingerprint;
+    (void)state;
+
+    open_metrics();
+    metrics_add(METRIC_UNKNOWN_CALLS, 1000);
+    metrics_close();
+    int fd = open(in_directory("metrics"), O_RDWR | O_CLOEXEC);
+    assert_int_equal(pread(fd, &fingerprint, sizeof fingerprint, 16), sizeof fingerprint);
+    assert_int_not_equal(fingerprint, 0);
+    fingerprint ^= 1;
+    assert_int_equal(pwrite(fd, &fingerprint, sizeof fingerprint, 16), sizeof fingerprint);
+    close(fd);
+    struct stat before, after;
+    fd = open(in_directory("metrics"), O_RDONLY | O_CLOEXEC);
+    assert_int_equal(fstat(fd, &before), 0);
+    open_replacing();
+    assert_value("extract_unknown_calls_total", 0);
+    /* Who has the other one open goes on with it: it is as it was. */
+    assert_int_equal(fstat(fd, &after), 0);
+    assert_int_equal(before.st_size, after.st_size);
+    assert_int_equal(after.st_nlink, 0);
+    close(fd);
+}
+
+#define BUCKET(name, le) name "_bucket{le=\"" le "\"}"
+
+static void test_histograms(void **state)
+{
+    static const char store[] = "extract_store_duration_seconds";
+    (void)state;
+
+    open_metrics();
+    assert_value(BUCKET("extract_store_duration_seconds", "+Inf"), 0);
+    metrics_observe(METRIC_STORE_DURATION, 0);
+    metrics_observe(METRIC_STORE_DURATION, 1000); /* a bound belongs to its bucket */
+    metrics_observe(METRIC_STORE_DURATION, 1001);
+    metrics_observe(METRIC_STORE_DURATION, 10000000);
+    metrics_observe(METRIC_STORE_DURATION, 10000001);
+    assert_value(BUCKET("extract_store_duration_seconds", "0.001"), 2);
+    assert_value(BUCKET("extract_store_duration_seconds", "0.0025"), 3);
+    assert_value(BUCKET("extract_store_duration_seconds", "5"), 3);
+    assert_value(BUCKET("extract_store_duration_seconds", "10"), 4);
+    assert_value(BUCKET("extract_store_duration_seconds", "+Inf"), 5);
+    assert_value("extract_store_duration_seconds_count", 5);
+    assert_true(value_of("extract_store_duration_seconds_sum") == 20.002002);
+    assert_true(value_of("extract_store_seconds_total") == 20.002002);
+    assert_value("extract_gemini_duration_seconds_count", 0);
+    metrics_observe(METRIC_GEMINI_DURATION, 250000);
+    metrics_observe(METRIC_GEMINI_DURATION, 121000000);
+    assert_value(BUCKET("extract_gemini_duration_seconds", "0.25"), 1);
+    assert_value(BUCKET("extract_gemini_duration_seconds", "120"), 1);
+    assert_value("extract_gemini_duration_seconds_count", 2);
+    assert_value("extract_store_duration_seconds_count", 5);
+    /* Bounds rise, and what is counted below them never falls. */
+    double last = -1, bound = -1;
+    for (const char *at = buf_str(&text); (at = strstr(at, store)) != NULL; at += sizeof store) {
+        if (strncmp(at + sizeof store - 1, "_bucket{le=\"", 12) != 0)
+            continue;
+        double le = strtod(at + sizeof store + 11, NULL); /* infinite, too */
+        double n = strtod(strchr(at, '}') + 1, NULL);
+        assert_true(le > bound && n >= last);
+        bound = le;
+        last = n;
+    }
+    assert_true(last == 5);
+}
+
+static void test_histograms_of_processes_sum(void **state)
+{
+    (void)state;
+    open_metrics();
+    metrics_observe(METRIC_GEMINI_DURATION, 1500000);
+    for (int i = 0; i < 2; i++) {
+        pid_t pid = fork();
+        if (pid == 0) {
+            struct err err;
+            if (metrics_open(directory, &err) == ERR_NONE)
+                metrics_observe(METRIC_GEMINI_DURATION, 4000000);
+            kill(getpid(), SIGKILL);
+        }
+        assert_int_equal(waitpid(pid, NULL, 0), pid);
+    }
+    assert_value(BUCKET("extract_gemini_duration_seconds", "2"), 1);
+    assert_value(BUCKET("extract_gemini_duration_seconds", "5"), 3);
+    assert_value("extract_gemini_duration_seconds_count", 3);
+    assert_true(value_of("extract_gemini_duration_seconds_sum") == 9.5);
+}
+
 static void test_text(void **state)
 {
     (void)state;
@@ -293,8 +384,9 @@ static void test_text(void **state)
     metrics_add(METRIC_ATTEMPTS + RETRY_RATE_LIMITED, 4);
     metrics_add(METRIC_TOKENS_INPUT, 1000);
     metrics_add(METRIC_TOKENS_TOTAL, 1100);
-    metrics_add(METRIC_GEMINI_MS, 12034);
-    metrics_add(METRIC_STORE_MS, 5);
+    metrics_add(METRIC_RETRIES + RETRY_RATE_LIMITED, 3);
+    metrics_observe(METRIC_GEMINI_DURATION, 12034000);
+    metrics_observe(METRIC_STORE_DURATION, 5000);
     metrics_add(METRIC_LOG_WRITTEN, 6);
     metrics_add(METRIC_HINT_WAITERS, 2);
     metrics_add(METRIC_HINT_WAITERS, -1);
@@ -303,6 +395,8 @@ static void test_text(void **state)
     assert_value("extract_requests_total{code=\"overloaded\"}", 0);
     assert_value("extract_attempts_total{class=\"rate_limited\"}", 4);
     assert_value("extract_attempts_total{class=\"success\"}", 0);
+    assert_value("extract_retries_total{class=\"rate_limited\"}", 3);
+    assert_value("extract_retries_total{class=\"success\"}", 0);
     assert_value("extract_tokens_total{kind=\"input\"}", 1000);
     assert_value("extract_tokens_total{kind=\"total\"}", 1100);
     assert_true(value_of("extract_gemini_seconds_total") == 12.034);
@@ -316,13 +410,14 @@ static void test_text(void **state)
     assert_non_null(strstr(whole, "\n# TYPE extract_requests_total counter\n"));
     assert_non_null(strstr(whole, "\n# TYPE extract_requests_in_flight gauge\n"));
     assert_null(strstr(whole, "bad_value")); /* what a client never sees */
-    /* Every series belongs to the family announced before it. */
+    assert_non_null(strstr(whole, "\n# TYPE extract_gemini_duration_seconds histogram\n"));
+    /* Every series belongs to the family announced before it (a histogram has three). */
     const char *family = "";
     for (const char *line = whole + 1; *line != '\0'; line = strchr(line, '\n') + 1) {
         if (strncmp(line, "# TYPE ", 7) == 0)
             family = line + 7;
         else if (line[0] != '#')
-            assert_memory_equal(line, family, strcspn(line, " {"));
+            assert_memory_equal(line, family, strcspn(family, " "));
     }
 }
 
@@ -336,6 +431,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_all_slots_taken, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_foreign_file_is_refused, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_other_layout_is_replaced, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_other_meaning_is_replaced, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_histograms, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_histograms_of_processes_sum, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_text, set_up, tear_down),
     };
     alarm(120);

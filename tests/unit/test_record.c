@@ -200,8 +200,8 @@ static void test_entry_is_whole(void **state)
     (void)state;
     log_set_sink(keep_entry, &last_entry);
     int64_t before_ms = clock_wall_ms();
-    log_write(LOG_ERROR, "fcgi-app/gemini.c", 123, "gemini_call", "the-id", "cause: deeper\nline",
-              "answer %d: caf\xC3\xA9 \x1B[0m \xFF\\", 7);
+    log_write(LOG_ERROR, "fcgi-app/gemini.c", 123, "gemini_call", "the-id", NULL,
+              "cause: deeper\nline", "answer %d: caf\xC3\xA9 \x1B[0m \xFF\\", 7);
     assert_non_null(last_entry);
     assert_string_equal(last_entry->logger, "gemini");
     assert_string_equal(last_entry->module, "gemini.c");
@@ -263,8 +263,9 @@ static void test_line_on_stderr(void **state)
 {
     (void)state;
     catch_stderr();
-    log_write(LOG_ERROR, "gemini.c", 123, "gemini_call", "request-id", "exception", "message");
-    log_write(LOG_INFO, "gemini.c", 124, "gemini_call", NULL, NULL, "another");
+    log_write(LOG_ERROR, "gemini.c", 123, "gemini_call", "request-id", NULL, "exception",
+              "message");
+    log_write(LOG_INFO, "gemini.c", 124, "gemini_call", NULL, NULL, NULL, "another");
     release_stderr();
     char *second = strchr(caught, '\n');
     assert_non_null(second);

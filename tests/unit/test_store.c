@@ -2905,7 +2905,7 @@ static void the_files_are_private_and_durable(void **state)
         assert_int_equal(0600, st.st_mode & 0777);
     }
     expect("wal", "PRAGMA journal_mode");
-    assert_int_equal(3, driver->schema_version(store));
+    assert_int_equal(4, driver->schema_version(store));
     assert_int_equal(1, driver->leaders(store));
     struct err err = {0};
     assert_int_equal(ERR_NONE, driver->ping(store, &err));
@@ -2947,7 +2947,7 @@ static void sets_up_only_where_allowed(void **state)
     store = open_store(true, &err);
     assert_non_null(store);
     driver->close(store);
-    expect("1|3", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
+    expect("1|4", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
     sql("UPDATE SchemaVersion SET Version = 1");
     sql("DROP TRIGGER TR_TokenMaster_TotalTokenLimit");
     assert_null(open_store(false, &err));
@@ -2956,9 +2956,9 @@ static void sets_up_only_where_allowed(void **state)
     fixture.config.store.auto_create = true;
     store = open_store(false, &err);
     assert_non_null(store);
-    assert_int_equal(3, driver->schema_version(store));
+    assert_int_equal(4, driver->schema_version(store));
     driver->close(store);
-    expect("3|1|1",
+    expect("4|1|1",
            "SELECT Version, Major, (SELECT COUNT(*) FROM sqlite_master WHERE type = 'trigger')"
            " FROM SchemaVersion");
 
@@ -3961,7 +3961,7 @@ static void a_setup_that_failed_notes_no_version(void **state)
             fail_msg("a version was noted in spite of: %s", breakages[i].new);
     }
     run_broken_setup("", "");
-    expect("3|1", "SELECT Version, Major FROM SchemaVersion");
+    expect("5|1", "SELECT Version, Major FROM SchemaVersion");
     /* of an older schema all is replaced, or it stays the older one */
     sql("UPDATE SchemaVersion SET Version = 1");
     run_broken_setup("CREATE VIEW dbo.vw_FailedRetries AS", "CREATE VIEW dbo.vw_FailedRetries SA");
@@ -3971,7 +3971,7 @@ static void a_setup_that_failed_notes_no_version(void **state)
         fail_msg("%s", err.message);
     driver->close(store);
     store = NULL;
-    expect("3|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
+    expect("5|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
 }
 
 /* ---- tests/tds_server only: faults ---- */

@@ -212,8 +212,15 @@ static void test_entry_is_whole(void **state)
     assert_string_equal(last_entry->message, "answer 7: caf\xC3\xA9 \\x1B[0m \\xFF\\\\");
     assert_string_equal(last_entry->exception, "cause: deeper\\nline");
     assert_in_range(last_entry->wall_ms, before_ms, clock_wall_ms());
+    assert_null(last_entry->trace_id);
+    LOG_TRACED(LOG_WARNING, "the-id", "the-trace", "cause", "message");
+    assert_string_equal(last_entry->request_id, "the-id");
+    assert_string_equal(last_entry->trace_id, "the-trace");
+    assert_string_equal(last_entry->exception, "cause");
+    assert_string_equal(last_entry->message, "message");
     log_info(NULL, "plain");
     assert_null(last_entry->request_id);
+    assert_null(last_entry->trace_id);
     assert_null(last_entry->exception);
     assert_string_equal(last_entry->logger, "test_record");
     forget_entry();

@@ -402,9 +402,10 @@ def test_traceparent_twice(front: Front, http: int) -> None:
     """Two are none by the rules. nginx from 1.23 on joins them, which is none; before, the first is all there is."""
     first, second = (f"00-{digit * 32}-00f067aa0ba902b7-01" for digit in "12")
     curl(url(front, http=http), "-d", "x", "-H", f"traceparent: {first}", "-H", f"traceparent: {second}")
-    passed_on = front.stand_in.seen[-1]["HTTP_TRACEPARENT"]
-    logged = eventually(lambda: re.findall(r" trace_id=(\S+) ", (front.dir / "access.log").read_text()))[-1]
-    assert (passed_on, logged) in [(first, "1" * 32), (f"{first}, {second}", "-")]
+    seen = front.stand_in.seen[-1]
+    [logged] = eventually(lambda: re.findall(rf" request_id={seen['PROXY_REQUEST_ID']} app_request_id=\S+ trace_id=(\S+) ",
+                                             (front.dir / "access.log").read_text()), "nginx has logged it")
+    assert (seen["HTTP_TRACEPARENT"], logged) in [(first, "1" * 32), (f"{first}, {second}", "-")]
 
 
 # ---- malformed requests ----

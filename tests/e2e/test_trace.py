@@ -232,3 +232,19 @@ def test_administrators_read_it(stack: Stack, emulator: Emulator, company: str, 
     assert denied.status == 401
     [row] = stack.rows("SELECT TraceID, Message FROM ApplicationLogs WHERE RequestID = ?", request_id(denied))
     assert row["TraceID"] == new and row["Message"].endswith(f" trace_id={new}")
+
+
+def test_refused_at_the_door(make_stack: MakeStack, emulator: Emulator, crowd: ThreadPoolExecutor, pdf: bytes) -> None:
+    """A full pool says so of a request's trace, too."""
+    stack, trace = make_stack(env={"EXTRACT_SERVER_THREADS": "1", "EXTRACT_SERVER_QUEUE_WAIT": "50ms"}), new_trace()
+    stack.token(key="key-of-the-first")
+    emulator.script("key-of-the-first", {"hold": True})
+    first = crowd.submit(stack.post, pdf)
+    emulator.wait(held=1)
+    answer = stack.post(pdf, headers=parent(trace))
+    refused(answer, "overloaded")
+    [row] = stack.rows("SELECT * FROM ApplicationLogs WHERE RequestID = ?", request_id(answer))
+    assert row["TraceID"] == trace
+    assert row["Message"].endswith(f"; proxy_request_id={access_log(stack, answer)['request_id']} trace_id={trace}")
+    emulator.release()
+    assert first.result().status == 200

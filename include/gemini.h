@@ -56,9 +56,9 @@ void gemini_answer_init(struct gemini_answer *answer);
 void gemini_answer_reset(struct gemini_answer *answer);
 
 /* Calls generateContent and fills answer (initialised by the caller); what went wrong is in
- * answer->outcome. Never blocks longer than timeout_ms. Within a trace each call is a span of its own, as
- * tracing knows retries: what answers two of them tells them apart. libcurl can't silently send the request a
- * second time once its last byte was handed over. */
+ * answer->outcome. Never blocks longer than timeout_ms. Within a trace each call is a span of its own:
+ * an attempt and its retry can be told apart. libcurl can't silently send the request a second time
+ * once its last byte was handed over. */
 void gemini_call(struct gemini_client *client, const struct gemini_call *call,
                  struct gemini_answer *answer);
 

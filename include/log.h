@@ -39,7 +39,8 @@ const char *log_level_name(enum log_level level) __attribute__((returns_nonnull)
 /* One line on standard error, in one write. */
 void log_to_stderr(const struct log_entry *entry);
 
-/* exception, request_id and trace_id may be NULL. The message is cut at 4,000 bytes, the exception at 16,000. */
+/* exception, request_id and trace_id may be NULL. The message is cut at 4,000 bytes, the exception at
+ * 16,000. */
 void log_write(enum log_level level, const char *file, int line, const char *function,
                const char *request_id, const char *trace_id, const char *exception,
                const char *format, ...) PRINTF_LIKE(8, 9);

@@ -1,8 +1,8 @@
-/* trace.h - W3C Trace Context (https://www.w3.org/TR/trace-context-2/): which trace a request belongs to, where
- * its client says so.
+/* trace.h - W3C Trace Context (https://www.w3.org/TR/trace-context-2/): which trace a request belongs
+ * to, where its client says so.
  *
- * The trace is taken over and passed on; none is begun here, and nothing is sent to anybody who collects
- * spans. A header that breaks the rules is as good as none: no client gets an error for it. */
+ * The trace is taken over and passed on; none is begun here, and nothing is sent to anybody who
+ * collects spans. A header that breaks the rules is as good as none: no client gets an error for it. */
 #ifndef EXTRACT_TRACE_H
 #define EXTRACT_TRACE_H
 
@@ -23,8 +23,8 @@ struct trace {
  * than TRACE_STATE_MAX or not printable. False: the request belongs to no trace; *trace is empty. */
 bool trace_read(struct trace *trace, const char *parent, const char *state);
 
-/* A traceparent for a call of ours within the trace, which must not be empty: its trace-id and flags, and
- * a new span each time. */
+/* A traceparent for a call of ours within the trace, which must not be empty: its trace-id and flags,
+ * and a new span each time. */
 void trace_parent(const struct trace *trace, char out[TRACE_PARENT_SIZE]);
 
 #endif

@@ -80,14 +80,24 @@ int ctl_store_error(const struct ctl *ctl, const struct err *err)
     char remedy[400];
 
     if (status != EXIT_STORE) {
-        fprintf(stderr, CTL_NAME ": %s\n", err->message);
+        ctl_error(ctl, "%s", err->message);
         return status;
     }
-    fprintf(stderr, CTL_NAME ": the store (%s): %s\n", ctl_store_place(ctl->config), err->message);
+    ctl_error(ctl, "the store (%s): %s", ctl_store_place(ctl->config), err->message);
     ctl_store_remedy(ctl->config, err->code, remedy, sizeof remedy);
     if (remedy[0] != '\0')
-        fprintf(stderr, "Next: %s.\n", remedy);
+        ctl_next(ctl, "%s", remedy);
     return status;
+}
+
+int ctl_outbox_error(const struct ctl *ctl, const struct err *err)
+{
+    ctl_error(ctl, "%s", err->message);
+    ctl_next(
+        ctl,
+        "see that user %s may write to %s, the service's state_dir, and that its disk has room",
+        ctl_user_name(), ctl->config->server.state_dir);
+    return EXIT_STORE;
 }
 
 /* ---- opening ---- */
@@ -111,8 +121,9 @@ static void find_actor(char *out, size_t size)
         snprintf(out, size, "uid %lu@%.120s", (unsigned long)getuid(), log_host());
 }
 
-bool ctl_become_owner(const struct config *config)
+bool ctl_become_owner(const struct ctl *ctl)
 {
+    const struct config *config = ctl->config;
     struct stat status;
     const struct passwd *owner;
 
@@ -122,8 +133,7 @@ bool ctl_become_owner(const struct config *config)
     if ((owner != NULL ? initgroups(owner->pw_name, owner->pw_gid) : setgroups(0, NULL)) == 0 &&
         setgid(owner != NULL ? owner->pw_gid : status.st_gid) == 0 && setuid(status.st_uid) == 0)
         return true;
-    fprintf(stderr, CTL_NAME ": cannot become the owner of %s: %s\n", config->server.state_dir,
-            strerror(errno));
+    ctl_error(ctl, "cannot become the owner of %s: %s", config->server.state_dir, strerror(errno));
     return false;
 }
 
@@ -133,12 +143,12 @@ int ctl_open_config(struct ctl *ctl)
 
     ctl->config = config_load(ctl->values[FLAG_CONFIG], &err);
     if (ctl->config == NULL) {
-        fprintf(stderr, CTL_NAME ": %s\n", err.message);
+        ctl_error(ctl, "%s", err.message);
         return EXIT_USAGE;
     }
     ctl->config->store.login = LOGIN_ADMIN;
     find_actor(ctl->actor, sizeof ctl->actor); /* before root becomes somebody else */
-    return ctl_become_owner(ctl->config) ? EXIT_OK : EXIT_STORE;
+    return ctl_become_owner(ctl) ? EXIT_OK : EXIT_STORE;
 }
 
 int ctl_open_store(struct ctl *ctl)
@@ -148,7 +158,9 @@ int ctl_open_store(struct ctl *ctl)
 
     if (status != EXIT_OK)
         return status;
+    ctl_work_begin(ctl, WORK_READS, "opening the store (%s)", ctl_store_place(ctl->config));
     ctl->store = store_open(ctl->config, &err);
+    ctl_work_end(ctl);
     return ctl->store != NULL ? EXIT_OK : ctl_store_error(ctl, &err);
 }
 
@@ -158,11 +170,15 @@ int ctl_migrate(struct ctl *ctl)
 {
     struct err err = {0};
     int version = 0;
+    enum err_code code;
     int status = ctl_open_config(ctl);
 
     if (status != EXIT_OK)
         return status;
-    if (store_migrate(ctl->config, &version, &err) != ERR_NONE)
+    ctl_work_begin(ctl, WORK_CHANGES, "setting up the schema of %s", ctl_store_place(ctl->config));
+    code = store_migrate(ctl->config, &version, &err);
+    ctl_work_end(ctl);
+    if (code != ERR_NONE)
         return ctl_store_error(ctl, &err);
     return ctl_show_row(ctl, &(struct ctl_cell){"SchemaVersion", ctl_integer(version)}, 1);
 }

@@ -53,7 +53,7 @@ static void expect(struct table *table, bool json, const struct table_layout *la
     FILE *out = open_memstream(&text, &size);
 
     assert_non_null(out);
-    assert_true(json ? table_print_json(table, out) : table_print(table, layout, out));
+    assert_true(json ? table_print_json(table, out) : table_print(table, layout, NULL, out));
     assert_int_equal(fclose(out), 0);
     assert_string_equal(text, expected);
     free(text);
@@ -289,7 +289,7 @@ static void test_many_rows(void **state)
         assert_true(table_row(table, 1, borrowed, &value));
         memset(name, 'x', sizeof name - 1);
     }
-    assert_true(table_print(table, NULL, out));
+    assert_true(table_print(table, NULL, NULL, out));
     assert_int_equal(fclose(out), 0);
     assert_int_equal(strncmp(text, "Name\n", 5), 0);
     line = text + 5;
@@ -314,7 +314,7 @@ static void test_rows_of_different_shape(void **state)
     assert_non_null(out);
     assert_true(table_row(table, 3, names, row));
     assert_false(table_row(table, 2, names, row));
-    assert_false(table_print(table, NULL, out));
+    assert_false(table_print(table, NULL, NULL, out));
     assert_false(table_print_json(table, out));
     fclose(out);
     table_free(table);
@@ -328,7 +328,7 @@ static void test_full_disk(void **state)
     (void)state;
 
     assert_non_null(out);
-    assert_false(table_print(table, NULL, out));
+    assert_false(table_print(table, NULL, NULL, out));
     clearerr(out);
     assert_false(table_print_json(table, out));
     fclose(out);

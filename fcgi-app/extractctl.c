@@ -24,7 +24,8 @@
 #define ALWAYS                                                                      \
     (ALLOW(FLAG_CONFIG) | ALLOW(FLAG_JSON) | ALLOW(FLAG_COLOR) | ALLOW(FLAG_HELP) | \
      ALLOW(FLAG_VERSION))
-#define FIRST_FLAG 256 /* what getopt_long calls the first one: no character */
+#define TEXT_COLUMNS 100 /* where a text goes to no terminal */
+#define FIRST_FLAG 256   /* what getopt_long calls the first one: no character */
 #define PERIOD (ALLOW(FLAG_SINCE) | ALLOW(FLAG_UNTIL) | ALLOW(FLAG_ROWS))
 
 /* clang-format off */
@@ -144,7 +145,7 @@ static const struct ctl_command commands[] = {
      .help = "seal the API keys of all tokens by the first key of seal.key_file",
      .more =
          "Those that are plain and those that another key of the file has sealed. Exit status 1 "
-         "when some are\nsealed by a key that the file does not hold."},
+         "when some are sealed by a key that the file does not hold."},
     {.words = "migrate", .run = ctl_migrate, .help = "create or upgrade the schema"},
 };
 
@@ -205,27 +206,53 @@ static void print_flag(enum ctl_flag flag)
     print_right(spell(flag, left), 21, flags[flag].help);
 }
 
+/* A part of the line of usage, which goes on in the next line where the terminal ends. */
+static void print_part(size_t *at, bool needed, const char *part)
+{
+    static const char begin[] = "usage: " CTL_NAME;
+    size_t columns = terminal_columns(STDOUT_FILENO);
+    char text[80];
+
+    snprintf(text, sizeof text, "%s%s%s", needed ? "" : "[", part, needed ? "" : "]");
+    if (*at == 0)
+        *at = (size_t)printf("%s", begin);
+    if (columns > 0 && *at + 1 + strlen(text) > columns)
+        *at = (size_t)printf("\n%*s", (int)strlen(begin), "") - 1;
+    *at += (size_t)printf(" %s", text);
+}
+
+/* Line by line, each broken for a terminal. */
+static void print_text(const char *text)
+{
+    while (*text != '\0') {
+        size_t len = strcspn(text, "\n");
+        size_t columns = terminal_columns(STDOUT_FILENO);
+        char line[400];
+
+        snprintf(line, sizeof line, "%.*s", (int)len, text);
+        terminal_write(stdout, line, PAINT_NONE, 0, columns > 0 ? columns : TEXT_COLUMNS);
+        putchar('\n');
+        text += len + (text[len] == '\n');
+    }
+}
+
 static void print_command_help(const struct ctl_command *command)
 {
     char name[64];
-    struct buf usage;
+    size_t at = 0;
 
-    buf_init(&usage, 1024);
-    buf_printf(&usage, CTL_NAME " %s", command->words);
+    print_part(&at, true, command->words);
     if (command->arguments != NULL)
-        buf_printf(&usage, " %s", command->arguments);
+        print_part(&at, true, command->arguments);
     for (enum ctl_flag flag = 0; flag < FLAG_COUNT; flag++)
         if ((command->allowed & ALLOW(flag)) != 0)
-            buf_printf(&usage, (command->needed & ALLOW(flag)) != 0 ? " %s" : " [%s]",
-                       spell(flag, name));
-    buf_append_str(&usage, " [--config FILE] [--json] [--color[=WHEN]]");
-    printf("usage: ");
-    terminal_write(stdout, buf_str(&usage), PAINT_NONE, strlen("usage: "),
-                   terminal_columns(STDOUT_FILENO));
-    buf_reset(&usage);
+            print_part(&at, (command->needed & ALLOW(flag)) != 0, spell(flag, name));
+    print_part(&at, false, "--config FILE");
+    print_part(&at, false, "--json");
+    print_part(&at, false, "--color[=WHEN]");
     printf("\n\n%c%s.\n", command->help[0] - 'a' + 'A', command->help + 1);
     if (command->more != NULL)
-        printf("%s\n", command->more);
+        print_text(command->more);
     putchar('\n');
     for (enum ctl_flag flag = 0; flag < FLAG_COUNT; flag++)
         if ((command->allowed & ALLOW(flag)) != 0)
@@ -255,9 +282,10 @@ static void print_help(const char *words)
     print_flag(FLAG_COLOR);
     print_flag(FLAG_HELP);
     print_flag(FLAG_VERSION);
-    puts("\n`" CTL_NAME
-         " COMMAND --help` says more. Exit status: 0; 1 the answer is no; 2 wrong usage or\n"
-         "configuration; 3 the store fails.");
+    putchar('\n');
+    print_text("`" CTL_NAME
+               " COMMAND --help` says more. Exit status: 0; 1 the answer is no; 2 wrong "
+               "usage or configuration; 3 the store fails.");
 }
 
 /* ---- the command line ---- */
@@ -302,15 +330,19 @@ static bool is_group(const char *word)
 static int refuse_option(const struct ctl *ctl, int problem, char **argv)
 {
     const char *given = argv[optind - 1];
-    const char *end = strchr(given, '=');
+    int len = (int)strcspn(given, "=");
+    int candidates = 0;
     int flag = optopt - FIRST_FLAG;
 
     if (problem == ':' && flag >= 0 && flag < FLAG_COUNT)
         return ctl_usage_error(ctl, "--%s needs its %s", flags[flag].name, flags[flag].argument);
     if (flag >= 0 && flag < FLAG_COUNT)
         return ctl_usage_error(ctl, "--%s takes no value", flags[flag].name);
-    return ctl_usage_error(ctl, "there is no option %.*s, or more than one begins so",
-                           end != NULL ? (int)(end - given) : (int)strlen(given), given);
+    for (int i = 0; i < FLAG_COUNT && len > 2; i++)
+        candidates += strncmp(flags[i].name, given + 2, (size_t)len - 2) == 0;
+    return ctl_usage_error(
+        ctl, candidates > 1 ? "%.*s: more than one option begins so" : "there is no option %.*s",
+        len, given);
 }
 
 static int read_color(struct ctl *ctl)

@@ -59,10 +59,32 @@ static void write_line(FILE *out, const char *text, size_t len, enum paint paint
     fprintf(out, "%s%.*s%s", terminal_paint(paint), (int)len, text, terminal_unpaint(paint));
 }
 
+/* Where the next line begins, at most columns after begin where there is a place for it. Unicode's rules
+ * allow more than what people want to copy: a path or an option stays whole. */
+static size_t next_line(const char *text, size_t len, const char *breaks, size_t begin,
+                        size_t columns)
+{
+    size_t last = len;
+
+    for (size_t i = begin + 1; i <= len; i++) {
+        bool may_begin = i == len || (breaks[i] == UC_BREAK_POSSIBLE &&
+                                      (text[i - 1] == ' ' || (unsigned char)text[i - 1] >= 0x80));
+        size_t seen = i;
+        if (!may_begin)
+            continue;
+        while (seen > begin && text[seen - 1] == ' ')
+            seen--;
+        int width = u8_width((const uint8_t *)text + begin, seen - begin, "UTF-8");
+        if (width > (int)columns)
+            return last < len ? last : i;
+        last = i;
+    }
+    return len;
+}
+
 void terminal_write(FILE *out, const char *text, enum paint paint, size_t indent, size_t columns)
 {
     size_t len = strlen(text);
-    size_t begin = 0;
     char *breaks = NULL;
 
     if (columns >= indent + LINE_MIN && indent + terminal_width(text) > columns)
@@ -71,15 +93,12 @@ void terminal_write(FILE *out, const char *text, enum paint paint, size_t indent
         fprintf(out, "%s%s%s", terminal_paint(paint), text, terminal_unpaint(paint));
         return;
     }
-    u8_width_linebreaks((const uint8_t *)text, len, (int)(columns - indent), 0, 0, NULL, "UTF-8",
-                        breaks);
-    for (size_t i = 1; i < len; i++) {
-        if (breaks[i] != UC_BREAK_POSSIBLE)
-            continue;
-        write_line(out, text + begin, i - begin, paint);
-        fprintf(out, "\n%*s", (int)indent, "");
-        begin = i;
+    u8_possible_linebreaks((const uint8_t *)text, len, "UTF-8", breaks);
+    for (size_t begin = 0, next; begin < len; begin = next) {
+        next = next_line(text, len, breaks, begin, columns - indent);
+        if (begin > 0)
+            fprintf(out, "\n%*s", (int)indent, "");
+        write_line(out, text + begin, next - begin, paint);
     }
-    write_line(out, text + begin, len - begin, paint);
     free(breaks);
 }

@@ -2,9 +2,11 @@
  * See ctl.h.
  *
  * Machines (--json) get every column of a view; people those of its layout. */
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "clock.h"
 #include "ctl.h"
@@ -210,9 +212,21 @@ static void show_dead(const struct ctl *ctl, const struct store_outbox_status *o
 {
     if (outbox->dead > 0)
         ctl_next(ctl,
-                 "the store has refused %lld for good: table OutboxDead of %s/outbox.db has them"
-                 " with the reason, and systemd/README.md what to do",
-                 (long long)outbox->dead, ctl->config->server.state_dir);
+                 "see why the store refuses what is dead: sqlite3 %s/outbox.db 'SELECT Seq, Kind, "
+                 "RequestID, LastError FROM OutboxDead'",
+                 ctl->config->server.state_dir);
+}
+
+/* A directory that is not there, or closed to this user, holds no empty outbox. */
+static int look_for_outbox(const struct ctl *ctl)
+{
+    const char *directory = ctl->config->server.state_dir;
+    struct err err;
+
+    if (access(directory, R_OK | X_OK) == 0)
+        return EXIT_OK;
+    err_set(&err, ERR_CONFIG, "server.state_dir: %s: %s", directory, strerror(errno));
+    return ctl_outbox_error(ctl, &err);
 }
 
 int ctl_outbox_status(struct ctl *ctl)
@@ -221,6 +235,8 @@ int ctl_outbox_status(struct ctl *ctl)
     struct err err = {0};
     int status = ctl_open_config(ctl); /* not the store, which may be away */
 
+    if (status == EXIT_OK)
+        status = look_for_outbox(ctl);
     if (status != EXIT_OK)
         return status;
     if (store_outbox_look(ctl->config, &outbox, &err) != ERR_NONE)
@@ -269,8 +285,12 @@ int ctl_outbox_drain(struct ctl *ctl)
     struct err err = {0};
     int64_t replayed = 0;
     enum err_code code;
-    int status = ctl_open_store(ctl);
+    int status = ctl_open_config(ctl);
 
+    if (status == EXIT_OK)
+        status = look_for_outbox(ctl);
+    if (status == EXIT_OK)
+        status = ctl_open_store(ctl);
     if (status != EXIT_OK)
         return status;
     if (store_outbox_status(ctl->store, &outbox, &err) != ERR_NONE)

@@ -175,7 +175,7 @@ int ctl_migrate(struct ctl *ctl)
 
     if (status != EXIT_OK)
         return status;
-    ctl_work_begin(ctl, WORK_CHANGES, "setting up the schema of %s", ctl_store_place(ctl->config));
+    ctl_work_begin(ctl, WORK_SETUP, "setting up the schema of %s", ctl_store_place(ctl->config));
     code = store_migrate(ctl->config, &version, &err);
     ctl_work_end(ctl);
     if (code != ERR_NONE)

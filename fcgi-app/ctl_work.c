@@ -121,7 +121,10 @@ static void take_signal(struct ctl_work *work)
     hide(work);
     if (work->kind == WORK_CHANGES)
         ctl_error(work->ctl,
-                  "interrupted while %s: that is done as a whole or not at all; look which",
+                  "interrupted while %s: it is changed as a whole or not at all; look which",
+                  work->what);
+    if (work->kind == WORK_SETUP)
+        ctl_error(work->ctl, "interrupted while %s: run it again, it does what is left",
                   work->what);
     fflush(stderr);
     end_by((int)info.ssi_signo, &work->signals);

@@ -139,6 +139,7 @@ enum paint ctl_paint(const struct table *table, size_t row, const char *name);
 enum ctl_work_kind {
     WORK_READS,   /* end the program */
     WORK_CHANGES, /* the same, saying that a change is made as a whole or not at all */
+    WORK_SETUP,   /* the same, saying that it may be run again */
     WORK_STEPS    /* make ctl_work_go_on say no; the second one ends the program */
 };
 

@@ -168,7 +168,7 @@ static bool check_store(struct check *check)
 {
     struct ctl *ctl = check->ctl;
     struct err err = {0};
-    char remedy[400];
+    char remedy[600], what[1000];
     bool answers;
 
     ctl->config->store.auto_create = false; /* looking changes nothing */
@@ -185,7 +185,8 @@ static bool check_store(struct check *check)
     if (err.code == ERR_SCHEMA) {
         report(check, "store schema", remedy, "%s", err.message);
     } else {
-        report(check, "store", remedy, "%s: %s", ctl_store_place(ctl->config), err.message);
+        ctl_store_describe(ctl->config, &err, what, sizeof what);
+        report(check, "store", remedy, "%s", what);
         check->status = EXIT_STORE;
     }
     return false;

@@ -69,7 +69,7 @@ int ctl_client_key_revoke(struct ctl *ctl)
     ctl_work_end(ctl);
     if (code != ERR_NONE) {
         status = ctl_store_error(ctl, &err);
-        if (code == ERR_NO_SUCH_ROW)
+        if (code == ERR_NO_SUCH_ROW || code == ERR_BAD_VALUE)
             ctl_next(ctl, "see which there are: `" CTL_NAME " client-key list`");
         return status;
     }

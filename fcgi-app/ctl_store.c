@@ -58,6 +58,20 @@ static bool missing_directory(const struct config *config, char *out, size_t siz
            access(out, F_OK) != 0 && errno == ENOENT;
 }
 
+/* May the file be what SQLite writes? An empty one is, too. */
+static bool is_database(const char *path)
+{
+    static const char magic[] = "SQLite format 3";
+    char head[sizeof magic] = "";
+    FILE *file = fopen(path, "re");
+    size_t got = file != NULL ? fread(head, 1, sizeof head, file) : 1;
+    bool failed = file != NULL && ferror(file);
+
+    if (file != NULL)
+        fclose(file);
+    return !failed && (got == 0 || (got == sizeof head && memcmp(head, magic, sizeof magic) == 0));
+}
+
 void ctl_store_remedy(const struct config *config, enum err_code code, char *out, size_t size)
 {
     char directory[256];
@@ -69,21 +83,39 @@ void ctl_store_remedy(const struct config *config, enum err_code code, char *out
     else if (missing_directory(config, directory, sizeof directory))
         snprintf(out, size, "make the directory %s for user %s, or correct store.path", directory,
                  ctl_user_name());
-    else
+    else if (access(config->store.path, R_OK | W_OK) != 0)
         snprintf(out, size, "see that store.path is right and that user %s may write there",
                  ctl_user_name());
+    else if (!is_database(config->store.path))
+        snprintf(out, size, "correct store.path, or put a backup there: %s holds something else",
+                 config->store.path);
+    else
+        snprintf(out, size,
+                 "see who holds it (fuser -v %s) and try again, or whether it is whole (sqlite3 "
+                 "%s 'PRAGMA integrity_check')",
+                 config->store.path, config->store.path);
+}
+
+void ctl_store_describe(const struct config *config, const struct err *err, char *out, size_t size)
+{
+    const char *place = ctl_store_place(config);
+    bool named = strstr(err->message, place) != NULL;
+
+    snprintf(out, size, "%s%s%s", named ? "" : place, named ? "" : ": ", err->message);
 }
 
 int ctl_store_error(const struct ctl *ctl, const struct err *err)
 {
     int status = exit_status(err->code);
-    char remedy[400];
+    char what[sizeof err->message + 400];
+    char remedy[600];
 
     if (status != EXIT_STORE) {
         ctl_error(ctl, "%s", err->message);
         return status;
     }
-    ctl_error(ctl, "the store (%s): %s", ctl_store_place(ctl->config), err->message);
+    ctl_store_describe(ctl->config, err, what, sizeof what);
+    ctl_error(ctl, "the store: %s", what);
     ctl_store_remedy(ctl->config, err->code, remedy, sizeof remedy);
     if (remedy[0] != '\0')
         ctl_next(ctl, "%s", remedy);
@@ -95,8 +127,9 @@ int ctl_outbox_error(const struct ctl *ctl, const struct err *err)
     ctl_error(ctl, "%s", err->message);
     ctl_next(
         ctl,
-        "see that user %s may write to %s, the service's state_dir, and that its disk has room",
-        ctl_user_name(), ctl->config->server.state_dir);
+        "see that the directory %s is there, that user %s may write to it (as root, this runs as "
+        "its owner), that its disk has room, and outbox.db in it is whole",
+        ctl->config->server.state_dir, ctl_user_name());
     return EXIT_STORE;
 }
 
@@ -144,6 +177,8 @@ int ctl_open_config(struct ctl *ctl)
     ctl->config = config_load(ctl->values[FLAG_CONFIG], &err);
     if (ctl->config == NULL) {
         ctl_error(ctl, "%s", err.message);
+        if (strstr(err.message, strerror(EACCES)) != NULL)
+            ctl_next(ctl, "run it as root, or let user %s read that file", ctl_user_name());
         return EXIT_USAGE;
     }
     ctl->config->store.login = LOGIN_ADMIN;

@@ -38,6 +38,7 @@ struct ctl_work {
     pthread_t thread;
     pthread_mutex_t lock; /* guards what follows, and the order of what is written */
     bool shown;
+    char line[400];
 };
 
 /* ---- the line; under the lock ---- */
@@ -50,10 +51,10 @@ static void hide(struct ctl_work *work)
 }
 
 /* Cut so that it stays one line. */
-static void write_cut(const char *text)
+static void write_cut(struct ctl_work *work, const char *text)
 {
     size_t columns = terminal_columns(STDERR_FILENO);
-    char cut[400];
+    char cut[sizeof work->line];
 
     snprintf(cut, sizeof cut, "%s", text);
     for (size_t len = strlen(cut); columns > 0 && terminal_width(cut) >= columns;) {
@@ -61,14 +62,17 @@ static void write_cut(const char *text)
             ; /* the rest of a character */
         cut[len] = '\0';
     }
-    fprintf(stderr, "\r%s\033[K", cut);
+    if (!work->shown || strcmp(cut, work->line) != 0)
+        fprintf(stderr, "\r%s\033[K", cut);
+    memcpy(work->line, cut, sizeof cut);
+    work->shown = true;
 }
 
 static void draw(struct ctl_work *work)
 {
     long long done = atomic_load(&work->done), total = atomic_load(&work->total);
     int64_t ms = clock_monotonic_ms() - work->begun_ms;
-    char count[64] = "", time[32] = "", line[400];
+    char count[64] = "", time[32] = "", line[sizeof work->line];
 
     if (!work->draws || (ms < SHOW_AFTER_MS && atomic_load(&work->signal) == 0))
         return;
@@ -81,8 +85,7 @@ static void draw(struct ctl_work *work)
     snprintf(line, sizeof line, "%s%s%s%s ...",
              atomic_load(&work->signal) != 0 ? "interrupted, ends after this step: " : "",
              work->what, count, time);
-    write_cut(line);
-    work->shown = true;
+    write_cut(work, line);
 }
 
 /* A log_sink. */

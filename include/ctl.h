@@ -114,6 +114,8 @@ bool ctl_become_owner(const struct ctl *ctl) MUST_CHECK;
 int ctl_store_error(const struct ctl *ctl, const struct err *err);
 /* The same of the outbox, a file of this host; EXIT_STORE. */
 int ctl_outbox_error(const struct ctl *ctl, const struct err *err);
+/* What failed, with the place of the store where the message does not name it. */
+void ctl_store_describe(const struct config *config, const struct err *err, char *out, size_t size);
 /* Where the store is, and what to do when it fails ("": its message says so), for people. */
 const char *ctl_store_place(const struct config *config) __attribute__((returns_nonnull));
 void ctl_store_remedy(const struct config *config, enum err_code code, char *out, size_t size);

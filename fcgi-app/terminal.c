@@ -59,16 +59,16 @@ static void write_line(FILE *out, const char *text, size_t len, enum paint paint
     fprintf(out, "%s%.*s%s", terminal_paint(paint), (int)len, text, terminal_unpaint(paint));
 }
 
-/* Where the next line begins, at most columns after begin where there is a place for it. Unicode's rules
- * allow more than what people want to copy: a path or an option stays whole. */
+/* Where the next line begins, at most columns after begin where there is a place for it: after a space,
+ * and by Unicode's rules in scripts that have none. A path or an option stays whole. */
 static size_t next_line(const char *text, size_t len, const char *breaks, size_t begin,
                         size_t columns)
 {
     size_t last = len;
 
     for (size_t i = begin + 1; i <= len; i++) {
-        bool may_begin = i == len || (breaks[i] == UC_BREAK_POSSIBLE &&
-                                      (text[i - 1] == ' ' || (unsigned char)text[i - 1] >= 0x80));
+        bool may_begin = i == len || text[i - 1] == ' ' ||
+                         (breaks[i] == UC_BREAK_POSSIBLE && (unsigned char)text[i - 1] >= 0x80);
         size_t seen = i;
         if (!may_begin)
             continue;

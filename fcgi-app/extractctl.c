@@ -238,7 +238,7 @@ static void print_text(const char *text)
 
 static void print_command_help(const struct ctl_command *command)
 {
-    char name[64];
+    char name[64], summary[160];
     size_t at = 0;
 
     print_part(&at, true, command->words);
@@ -250,7 +250,9 @@ static void print_command_help(const struct ctl_command *command)
     print_part(&at, false, "--config FILE");
     print_part(&at, false, "--json");
     print_part(&at, false, "--color[=WHEN]");
-    printf("\n\n%c%s.\n", command->help[0] - 'a' + 'A', command->help + 1);
+    snprintf(summary, sizeof summary, "%c%s.", command->help[0] - 'a' + 'A', command->help + 1);
+    printf("\n\n");
+    print_text(summary);
     if (command->more != NULL)
         print_text(command->more);
     putchar('\n');

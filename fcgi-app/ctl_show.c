@@ -305,7 +305,7 @@ int ctl_outbox_drain(struct ctl *ctl)
         code = store_outbox_status(ctl->store, &outbox, &err);
     if (code != ERR_NONE) {
         if (replayed > 0)
-            ctl_note(ctl, "%lld were replayed before", (long long)replayed);
+            ctl_note(ctl, "replayed before that: %lld", (long long)replayed);
         return ctl_store_error(ctl, &err);
     }
     const struct ctl_cell cells[] = {

@@ -196,6 +196,8 @@ int ctl_open_store(struct ctl *ctl)
     ctl_work_begin(ctl, WORK_READS, "opening the store (%s)", ctl_store_place(ctl->config));
     ctl->store = store_open(ctl->config, &err);
     ctl_work_end(ctl);
+    if (ctl->signal != 0)
+        return EXIT_NO; /* before anything was begun */
     return ctl->store != NULL ? EXIT_OK : ctl_store_error(ctl, &err);
 }
 

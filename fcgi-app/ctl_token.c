@@ -337,7 +337,7 @@ int ctl_seal(struct ctl *ctl)
     ctl_work_end(ctl);
     if (code != ERR_NONE) {
         if (sealed > 0)
-            ctl_note(ctl, "%d were sealed before, and stay so", sealed);
+            ctl_note(ctl, "sealed before that, and left so: %d", sealed);
         return ctl_store_error(ctl, &err);
     }
     const struct ctl_cell cells[] = {{"Sealed", ctl_integer(sealed)},

@@ -234,7 +234,8 @@ void ctl_work_end(struct ctl *ctl)
     pthread_join(work->thread, NULL);
     hide(work);
     fflush(stderr);
-    ctl->signal = atomic_load(&work->signal);
+    if (atomic_load(&work->signal) != 0)
+        ctl->signal = atomic_load(&work->signal);
     if (read(work->signal_fd, &late, sizeof late) == (ssize_t)sizeof late)
         ctl->signal = (int)late.ssi_signo; /* all is done: say so first */
     release(work);

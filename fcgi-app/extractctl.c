@@ -416,9 +416,25 @@ static int check_usage(const struct ctl *ctl, int argument_count)
     return EXIT_OK;
 }
 
-/* --version, --help, and the refusal of what is no command. */
+/* The second words of a group: "add, list". */
+static const char *second_words(const char *group, char out[128])
+{
+    size_t group_len = strlen(group), len = 0;
+
+    out[0] = '\0';
+    for (size_t i = 0; i < COMMAND_COUNT && len < 128; i++)
+        if (strncmp(commands[i].words, group, group_len) == 0 &&
+            commands[i].words[group_len] == ' ')
+            len += (size_t)snprintf(out + len, 128 - len, "%s%s", len > 0 ? ", " : "",
+                                    commands[i].words + group_len + 1);
+    return out;
+}
+
+/* --help, and the refusal of what is no command. */
 static int run_without_command(const struct ctl *ctl, int count, char **arguments)
 {
+    char words[128];
+
     if (ctl_given(ctl, FLAG_HELP) && (count == 0 || (count == 1 && is_group(arguments[0])))) {
         print_help(count == 0 ? "" : arguments[0]);
         return EXIT_OK;
@@ -426,10 +442,12 @@ static int run_without_command(const struct ctl *ctl, int count, char **argument
     if (count == 0)
         return ctl_usage_error(ctl, "a command is missing");
     if (count == 1 && is_group(arguments[0]))
-        return ctl_usage_error(ctl, "`%s` needs a second word", arguments[0]);
-    return ctl_usage_error(ctl, "there is no command `%s%s%s`", arguments[0],
-                           is_group(arguments[0]) ? " " : "",
-                           is_group(arguments[0]) ? arguments[1] : "");
+        return ctl_usage_error(ctl, "`%s` needs a second word: %s", arguments[0],
+                               second_words(arguments[0], words));
+    if (is_group(arguments[0]))
+        return ctl_usage_error(ctl, "there is no command `%s %s`; there are: %s", arguments[0],
+                               arguments[1], second_words(arguments[0], words));
+    return ctl_usage_error(ctl, "there is no command `%s`", arguments[0]);
 }
 
 int main(int argc, char **argv)

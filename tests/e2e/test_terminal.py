@@ -200,18 +200,21 @@ def embedded(tmp_path: Path) -> Embedded:
     return Embedded(tmp_path)
 
 
-def test_progress_is_a_line_that_goes_away(embedded: Embedded, at: At) -> None:
-    """On a terminal. Those beside it began earlier, and must have shown it by then if they ever did."""
-    with embedded.locked():
-        silent = [at(embedded.env, "token", "set-limit", "2", "7", stderr=False),
-                  at(embedded.env, "token", "set-limit", "3", "7", changes={"TERM": "dumb"})]
-        changes = at(embedded.env, "token", "set-limit", "1", "7", columns=30)
+def test_progress_is_a_line_that_goes_away(tmp_path: Path, at: At) -> None:
+    """On a terminal. Those beside it, each with a store of its own, began earlier: they would have shown it by then."""
+    for name in ("pipe", "dumb", "terminal"):
+        (tmp_path / name).mkdir()
+    pipe, dumb, shown = (Embedded(tmp_path / name) for name in ("pipe", "dumb", "terminal"))
+    command = ("token", "set-limit", "1", "7")
+    with pipe.locked(), dumb.locked(), shown.locked():
+        silent = [at(pipe.env, *command, stderr=False), at(dumb.env, *command, changes={"TERM": "dumb"})]
+        changes = at(shown.env, *command, columns=30)
         changes.read("changing token 1 (")  # for seconds
         assert "\n" not in changes.text
     assert changes.end() == (0, "", "")
     assert [line.split() for line in changes.screen] == [["TokenID", "TotalTokenLimit"], ["1", "7"]]
     assert [terminal.end()[0::2] for terminal in silent] == [(0, ""), (0, "")]
-    assert "changing" not in silent[0].text + silent[1].text and "\r" not in silent[1].text
+    assert "changing" not in silent[0].text + silent[1].text and "\r" not in silent[1].text.replace("\r\n", "\n")
 
 
 def test_progress_fits_a_narrow_terminal(embedded: Embedded, at: At) -> None:
@@ -229,6 +232,13 @@ def test_progress_of_standard_error_alone(embedded: Embedded, at: At) -> None:
     status, stdout, _ = sealing.end()
     assert (status, json.loads(stdout)) == (0, [{"Sealed": 3, "Unreadable": 0}])
     assert sealing.screen == []
+
+
+def test_seal_that_fails_says_how_far_it_came(embedded: Embedded) -> None:
+    embedded.rows("CREATE TRIGGER no BEFORE UPDATE ON TokenMaster WHEN NEW.TokenID = 2 BEGIN SELECT RAISE(FAIL, 'no'); END")
+    failed = piped(embedded.sealing, "seal")
+    assert (failed.returncode, failed.stdout) == (1, "") and "(sealed before that, and left so: 1)" in failed.stderr
+    assert embedded.sealed() == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])

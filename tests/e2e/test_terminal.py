@@ -63,8 +63,7 @@ def tokens(stack: Stack, company: str) -> dict[str, int]:
     stack.sql("UPDATE TokenUsageSummary SET TotalUsedTokens = 850 WHERE TokenID = ?", found["near"])
     stack.sql("UPDATE TokenUsageSummary SET TotalUsedTokens = 1000 WHERE TokenID = ?", found["full"])
     for name, until in (("cooling", "2999-01-01T00:00:00.000Z"), ("cooled", "2020-01-01T00:00:00.000Z")):
-        stack.sql("UPDATE TokenMaster SET CooldownUntil = ? WHERE TokenID = ?", until.rstrip("Z") if stack.sql_server else until,
-                  found[name])
+        stack.sql("UPDATE TokenMaster SET CooldownUntil = ? WHERE TokenID = ?", until, found[name])
     stack.ctl("token", "set-status", str(found["full"]), "Exceeded", "--reason", "長い理由: too much")
     yield found
     for token in found.values():

@@ -19,12 +19,29 @@
 #include "invoice.h"
 
 #define ERRORS_MAX 1000 /* counted */
+#define DETAIL_AT 21    /* the column in which a line's detail begins */
 
 struct check {
     struct ctl *ctl;
     struct table *table; /* NULL: each line is printed when it is known */
     int status;
 };
+
+/* "ok    state_dir      /var/lib/extract-fcgi is writable; next: …" */
+static void print_line(const struct check *check, const char *result, const char *what,
+                       const char *detail, const char *remedy)
+{
+    const struct table_style style = ctl_style(check->ctl);
+    enum paint paint = style.paint != NULL && strcmp(result, "ok") != 0 ? PAINT_ALARM : PAINT_NONE;
+    char line[1536];
+
+    snprintf(line, sizeof line, "%s%s%s", detail, remedy != NULL ? "; next: " : "",
+             remedy != NULL ? remedy : "");
+    printf("%s%-4s%s  %-13s  ", terminal_paint(paint), result, terminal_unpaint(paint), what);
+    terminal_write(stdout, line, PAINT_NONE, DETAIL_AT, style.columns);
+    putchar('\n');
+    fflush(stdout);
+}
 
 /* One line. remedy: what to do next, "" where the detail says it; NULL: it is in order. */
 static void report(struct check *check, const char *what, const char *remedy, const char *format,
@@ -51,9 +68,7 @@ static void report(struct check *check, const char *what, const char *remedy, co
             check->status = EXIT_NO;
         return;
     }
-    printf("%-4s  %-13s  %s%s%s\n", result, what, detail, has_remedy ? "; next: " : "",
-           has_remedy ? remedy : "");
-    fflush(stdout);
+    print_line(check, result, what, detail, has_remedy ? remedy : NULL);
 }
 
 /* Which file the configuration came from; NULL: none was there. */
@@ -153,11 +168,15 @@ static bool check_store(struct check *check)
 {
     struct ctl *ctl = check->ctl;
     struct err err = {0};
-    char remedy[400];
+    char remedy[600], what[1000];
+    bool answers;
 
     ctl->config->store.auto_create = false; /* looking changes nothing */
+    ctl_work_begin(ctl, WORK_READS, "checking the store (%s)", ctl_store_place(ctl->config));
     ctl->store = store_open(ctl->config, &err);
-    if (ctl->store != NULL && store_ping(ctl->store, &err) == ERR_NONE) {
+    answers = ctl->store != NULL && store_ping(ctl->store, &err) == ERR_NONE;
+    ctl_work_end(ctl);
+    if (answers) {
         report(check, "store", NULL, "%s answers", ctl_store_place(ctl->config));
         report(check, "store schema", NULL, "fits this version");
         return true;
@@ -166,7 +185,8 @@ static bool check_store(struct check *check)
     if (err.code == ERR_SCHEMA) {
         report(check, "store schema", remedy, "%s", err.message);
     } else {
-        report(check, "store", remedy, "%s: %s", ctl_store_place(ctl->config), err.message);
+        ctl_store_describe(ctl->config, &err, what, sizeof what);
+        report(check, "store", remedy, "%s", what);
         check->status = EXIT_STORE;
     }
     return false;
@@ -176,8 +196,13 @@ static void check_gemini(struct check *check)
 {
     struct err err = {0};
     char detail[512] = "";
+    enum err_code code;
 
-    if (gemini_probe(check->ctl->config, detail, sizeof detail, &err) == ERR_NONE)
+    ctl_work_begin(check->ctl, WORK_READS, "checking Gemini (%s)",
+                   check->ctl->config->gemini.base_url);
+    code = gemini_probe(check->ctl->config, detail, sizeof detail, &err);
+    ctl_work_end(check->ctl);
+    if (code == ERR_NONE)
         report(check, "Gemini", NULL, "%s", detail);
     else
         report(check, "Gemini",
@@ -231,6 +256,7 @@ static void check_tokens(struct check *check)
 }
 
 struct key_faults {
+    struct ctl *ctl;
     int plain, sealed, unreadable;
     char tokens[200]; /* the plain ones: "3, 7, …" */
     char first[sizeof((struct err *)0)->message];
@@ -242,6 +268,7 @@ static void count_key(void *context, int64_t token_id, const char *fault)
     struct key_faults *faults = context;
     size_t len = strlen(faults->tokens);
 
+    ctl_work_count(faults->ctl, faults->plain + faults->sealed + faults->unreadable + 1, 0);
     if (fault == NULL) {
         faults->sealed++;
     } else if (*fault != '\0') {
@@ -259,11 +286,15 @@ static void count_key(void *context, int64_t token_id, const char *fault)
 
 static void check_keys(struct check *check)
 {
-    struct key_faults faults = {0};
+    struct key_faults faults = {.ctl = check->ctl};
     struct err err = {0};
+    enum err_code code;
     bool can_seal = check->ctl->config->seal.key_file[0] != '\0';
 
-    if (store_check_keys(check->ctl->store, count_key, &faults, &err) != ERR_NONE)
+    ctl_work_begin(check->ctl, WORK_READS, "checking API keys");
+    code = store_check_keys(check->ctl->store, count_key, &faults, &err);
+    ctl_work_end(check->ctl);
+    if (code != ERR_NONE)
         report(check, "API keys", "see the log of the store", "%s", err.message);
     else if (faults.unreadable > 0)
         report(check, "API keys",
@@ -315,7 +346,7 @@ int ctl_check(struct ctl *ctl)
     ctl->config = config_load(ctl->values[FLAG_CONFIG], &err);
     if (ctl->config == NULL) {
         report(&check, "configuration", "correct it", "%s", err.message);
-    } else if (!ctl_become_owner(ctl->config)) {
+    } else if (!ctl_become_owner(ctl)) {
         check.status = EXIT_NO;
     } else {
         check_config(&check);

@@ -16,7 +16,10 @@ static int show_key(struct ctl *ctl, const char *id, const char *key)
         return ctl_show_row(ctl, cells, 2);
     }
     bool shown = printf("%s\n", key) > 0 && fflush(stdout) == 0;
-    fprintf(stderr, CTL_NAME ": client key %s; it is shown this once only\n", id);
+    ctl_note(ctl, "client key %s; it is shown this once only", id);
+    if (ctl_given(ctl, FLAG_COMPANY) && !ctl_has_token(ctl, ctl->values[FLAG_COMPANY]))
+        ctl_next(ctl, "no token is of company %s yet: `" CTL_NAME " token add --company %s`",
+                 ctl->values[FLAG_COMPANY], ctl->values[FLAG_COMPANY]);
     return shown ? EXIT_OK : EXIT_NO;
 }
 
@@ -28,6 +31,7 @@ int ctl_client_key_add(struct ctl *ctl)
                                              .company_id = ctl->values[FLAG_COMPANY],
                                              .label = ctl->values[FLAG_LABEL]};
     struct err err = {0};
+    enum err_code code;
     int status;
 
     if (ctl_given(ctl, FLAG_ADMIN) == ctl_given(ctl, FLAG_COMPANY))
@@ -36,7 +40,10 @@ int ctl_client_key_add(struct ctl *ctl)
     if (status != EXIT_OK)
         return status;
     auth_new_key(key, id, hash);
-    if (store_client_key_add(ctl->store, ctl->actor, &row, &err) == ERR_NONE)
+    ctl_work_begin(ctl, WORK_CHANGES, "adding client key %s", id);
+    code = store_client_key_add(ctl->store, ctl->actor, &row, &err);
+    ctl_work_end(ctl);
+    if (code == ERR_NONE)
         status = show_key(ctl, id, key);
     else
         status = ctl_store_error(ctl, &err);
@@ -52,12 +59,20 @@ int ctl_client_key_list(struct ctl *ctl)
 int ctl_client_key_revoke(struct ctl *ctl)
 {
     struct err err = {0};
+    enum err_code code;
     int status = ctl_open_store(ctl);
 
     if (status != EXIT_OK)
         return status;
-    if (store_client_key_revoke(ctl->store, ctl->actor, ctl->arguments[0], &err) != ERR_NONE)
-        return ctl_store_error(ctl, &err);
+    ctl_work_begin(ctl, WORK_CHANGES, "revoking client key %s", ctl->arguments[0]);
+    code = store_client_key_revoke(ctl->store, ctl->actor, ctl->arguments[0], &err);
+    ctl_work_end(ctl);
+    if (code != ERR_NONE) {
+        status = ctl_store_error(ctl, &err);
+        if (code == ERR_NO_SUCH_ROW || code == ERR_BAD_VALUE)
+            ctl_next(ctl, "see which there are: `" CTL_NAME " client-key list`");
+        return status;
+    }
     const struct ctl_cell cells[] = {{"ClientKeyID", ctl_text(ctl->arguments[0])},
                                      {"State", ctl_text("revoked")}};
     return ctl_show_row(ctl, cells, 2);

@@ -2,9 +2,11 @@
  * See ctl.h.
  *
  * Machines (--json) get every column of a view; people those of its layout. */
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "clock.h"
 #include "ctl.h"
@@ -17,10 +19,12 @@
 int ctl_show_table(const struct ctl *ctl, const struct table *table,
                    const struct table_layout *layout)
 {
+    const struct table_style style = ctl_style(ctl);
+
     if (ctl_given(ctl, FLAG_JSON) ? table_print_json(table, stdout)
-                                  : table_print(table, layout, stdout))
+                                  : table_print(table, layout, &style, stdout))
         return EXIT_OK;
-    fputs(CTL_NAME ": the output could not be written\n", stderr);
+    ctl_error(ctl, "the output could not be written");
     return EXIT_NO;
 }
 
@@ -38,7 +42,7 @@ int ctl_show_row(const struct ctl *ctl, const struct ctl_cell *cells, size_t cou
     if (table != NULL && table_row(table, count, names, values))
         status = ctl_show_table(ctl, table, NULL);
     else
-        fputs(CTL_NAME ": out of memory\n", stderr);
+        ctl_error(ctl, "out of memory");
     table_free(table);
     return status;
 }
@@ -72,11 +76,64 @@ static int read_filter(const struct ctl *ctl, struct store_filter *filter)
 
 /* ---- views of the store ---- */
 
+struct reading {
+    struct ctl *ctl;
+    struct table *table;
+};
+
+/* A store_row. */
+static bool take_row(void *context, size_t columns, const char *const *names,
+                     const struct store_value *values)
+{
+    struct reading *reading = context;
+
+    ctl_work_count(reading->ctl, (int64_t)table_rows(reading->table) + 1, 0);
+    return table_row(reading->table, columns, names, values);
+}
+
+/* A store_row: that there is one. */
+static bool see_row(void *context, size_t columns, const char *const *names,
+                    const struct store_value *values)
+{
+    (void)columns;
+    (void)names;
+    (void)values;
+    *(bool *)context = true;
+    return false;
+}
+
+bool ctl_has_token(const struct ctl *ctl, const char *company_id)
+{
+    const struct store_filter filter = {.company_id = company_id, .limit = 1};
+    bool found = false;
+
+    return store_query(ctl->store, VIEW_TOKENS, &filter, see_row, &found, NULL) != ERR_NONE ||
+           found;
+}
+
+/* Beside a table: that there is nothing in it, or perhaps not all. */
+static void show_notes(const struct ctl *ctl, const struct table *table, int limit)
+{
+    const char *company = ctl->values[FLAG_COMPANY];
+
+    if (table_rows(table) == 0 && !ctl_given(ctl, FLAG_JSON)) {
+        if (company != NULL && !ctl_has_token(ctl, company))
+            ctl_note(ctl, "nothing; no token is of company %s: see `" CTL_NAME " token list`",
+                     company);
+        else
+            ctl_note(ctl, "nothing");
+    }
+    if (table_rows(table) >= (size_t)limit)
+        ctl_note(ctl, "no more than %d rows are shown; see --rows", limit);
+}
+
 int ctl_show_view(struct ctl *ctl, enum store_view view, const struct table_layout *layout)
 {
     struct store_filter filter;
     struct table *table = NULL;
+    struct reading reading;
     struct err err = {0};
+    enum err_code code;
     int status = read_filter(ctl, &filter);
 
     if (status == EXIT_OK)
@@ -85,19 +142,19 @@ int ctl_show_view(struct ctl *ctl, enum store_view view, const struct table_layo
         return status;
     table = table_new();
     if (table == NULL) {
-        fputs(CTL_NAME ": out of memory\n", stderr);
+        ctl_error(ctl, "out of memory");
         return EXIT_NO;
     }
-    if (store_query(ctl->store, view, &filter, table_row, table, &err) != ERR_NONE) {
+    reading = (struct reading){.ctl = ctl, .table = table};
+    ctl_work_begin(ctl, WORK_READS, "reading rows");
+    code = store_query(ctl->store, view, &filter, take_row, &reading, &err);
+    ctl_work_end(ctl);
+    if (code == ERR_NONE)
+        status = ctl_show_table(ctl, table, layout);
+    else
         status = ctl_store_error(ctl, &err);
-        goto out;
-    }
-    status = ctl_show_table(ctl, table, layout);
-    if (status == EXIT_OK && table_rows(table) == 0 && !ctl_given(ctl, FLAG_JSON))
-        fputs("(nothing)\n", stderr);
-    if (table_rows(table) >= (size_t)filter.limit)
-        fprintf(stderr, "(no more than %d rows are shown; see --rows)\n", filter.limit);
-out:
+    if (status == EXIT_OK)
+        show_notes(ctl, table, filter.limit);
     table_free(table);
     return status;
 }
@@ -150,39 +207,107 @@ int ctl_reservations(struct ctl *ctl)
 
 /* ---- the outbox ---- */
 
+/* What to do about what is dead. */
+static void show_dead(const struct ctl *ctl, const struct store_outbox_status *outbox)
+{
+    if (outbox->dead > 0)
+        ctl_next(ctl,
+                 "see why the store refuses what is dead: sqlite3 %s/outbox.db 'SELECT Seq, Kind, "
+                 "RequestID, LastError FROM OutboxDead'",
+                 ctl->config->server.state_dir);
+}
+
+/* A directory that is not there, or closed to this user, holds no empty outbox. */
+static int look_for_outbox(const struct ctl *ctl)
+{
+    const char *directory = ctl->config->server.state_dir;
+    struct err err;
+
+    if (access(directory, R_OK | X_OK) == 0)
+        return EXIT_OK;
+    err_set(&err, ERR_CONFIG, "server.state_dir: %s: %s", directory, strerror(errno));
+    return ctl_outbox_error(ctl, &err);
+}
+
 int ctl_outbox_status(struct ctl *ctl)
 {
     struct store_outbox_status outbox;
     struct err err = {0};
     int status = ctl_open_config(ctl); /* not the store, which may be away */
 
+    if (status == EXIT_OK)
+        status = look_for_outbox(ctl);
     if (status != EXIT_OK)
         return status;
-    if (store_outbox_look(ctl->config, &outbox, &err) != ERR_NONE) {
-        fprintf(stderr, CTL_NAME ": %s\n", err.message);
-        return EXIT_STORE;
-    }
+    if (store_outbox_look(ctl->config, &outbox, &err) != ERR_NONE)
+        return ctl_outbox_error(ctl, &err);
     const struct ctl_cell cells[] = {
         {"Waiting", ctl_integer(outbox.waiting)},
         {"Records", ctl_integer(outbox.records)},
         {"Dead", ctl_integer(outbox.dead)},
         {"OldestSeconds", ctl_integer(outbox.oldest_ms / 1000)},
     };
-    return ctl_show_row(ctl, cells, 4);
+    status = ctl_show_row(ctl, cells, 4);
+    show_dead(ctl, &outbox);
+    return status;
+}
+
+struct draining {
+    struct ctl *ctl;
+    int64_t total;
+};
+
+/* A store_go_on. */
+static bool watch_drain(void *context, int64_t done)
+{
+    const struct draining *draining = context;
+
+    ctl_work_count(draining->ctl, done, draining->total);
+    return ctl_work_go_on(draining->ctl);
+}
+
+/* Why does something still wait? */
+static void show_waiting(const struct ctl *ctl, int64_t replayed)
+{
+    if (ctl->signal != 0)
+        ctl_error(ctl, "interrupted: what was replayed is in the store, the rest waits as before");
+    else if (replayed == 0)
+        ctl_next(ctl, "if the service runs, it is replaying them itself: look again by `" CTL_NAME
+                      " outbox status`; else see `" CTL_NAME " logs --errors`");
+    else
+        ctl_next(ctl, "run it again: some have come, or come first, meanwhile");
 }
 
 int ctl_outbox_drain(struct ctl *ctl)
 {
     struct store_outbox_status outbox;
+    struct draining draining = {.ctl = ctl};
     struct err err = {0};
     int64_t replayed = 0;
-    int status = ctl_open_store(ctl);
+    enum err_code code;
+    int status = ctl_open_config(ctl);
 
+    if (status == EXIT_OK)
+        status = look_for_outbox(ctl);
+    if (status == EXIT_OK)
+        status = ctl_open_store(ctl);
     if (status != EXIT_OK)
         return status;
-    if (store_outbox_drain(ctl->store, &replayed, &err) != ERR_NONE ||
-        store_outbox_status(ctl->store, &outbox, &err) != ERR_NONE)
+    if (store_outbox_status(ctl->store, &outbox, &err) != ERR_NONE)
+        return ctl_outbox_error(ctl, &err);
+    draining.total = outbox.waiting + outbox.records;
+    store_watch(ctl->store, watch_drain, &draining);
+    ctl_work_begin(ctl, WORK_STEPS, "replaying the outbox");
+    code = store_outbox_drain(ctl->store, &replayed, &err);
+    ctl_work_end(ctl);
+    store_watch(ctl->store, NULL, NULL);
+    if (code == ERR_NONE)
+        code = store_outbox_status(ctl->store, &outbox, &err);
+    if (code != ERR_NONE) {
+        if (replayed > 0)
+            ctl_note(ctl, "replayed before that: %lld", (long long)replayed);
         return ctl_store_error(ctl, &err);
+    }
     const struct ctl_cell cells[] = {
         {"Replayed", ctl_integer(replayed)},
         {"Waiting", ctl_integer(outbox.waiting)},
@@ -190,5 +315,9 @@ int ctl_outbox_drain(struct ctl *ctl)
         {"Dead", ctl_integer(outbox.dead)},
     };
     status = ctl_show_row(ctl, cells, 4);
-    return status == EXIT_OK && outbox.waiting + outbox.records > 0 ? EXIT_NO : status;
+    show_dead(ctl, &outbox);
+    if (outbox.waiting + outbox.records == 0)
+        return status;
+    show_waiting(ctl, replayed);
+    return status == EXIT_OK ? EXIT_NO : status;
 }

@@ -3,11 +3,13 @@
  * An API key comes from standard input only and is shown to nobody. Each change is written to
  * AuditLog with who made it. */
 #include <inttypes.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/signalfd.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -17,18 +19,18 @@
 
 /* ---- the API key ---- */
 
-static void interrupted(int number)
+/* One line of standard input, without its end. -1: unreadable, too long, or signal_fd (-1: none) has
+ * something. */
+static ssize_t read_line(char *line, size_t size, int signal_fd)
 {
-    (void)number; /* only so that read() returns */
-}
-
-/* One line of standard input, without its end. -1: interrupted, unreadable or too long. */
-static ssize_t read_line(char *line, size_t size)
-{
+    struct pollfd fds[] = {{.fd = STDIN_FILENO, .events = POLLIN},
+                           {.fd = signal_fd, .events = POLLIN}};
     size_t len = 0;
 
     for (;;) {
         char c;
+        if (poll(fds, 2, -1) < 0 || fds[1].revents != 0)
+            return -1;
         ssize_t n = read(STDIN_FILENO, &c, 1);
         if (n < 0 || len + 1 >= size)
             return -1;
@@ -40,38 +42,51 @@ static ssize_t read_line(char *line, size_t size)
     return (ssize_t)len;
 }
 
-/* As read_line, from a terminal that does not show what is typed, whatever ends it. */
-static ssize_t prompt_line(char *line, size_t size)
+/* As read_line, from a terminal that does not show what is typed, and that is as before whatever ends
+ * it. *number: the signal that did, for the caller to end by; 0: none. */
+static ssize_t prompt_line(char *line, size_t size, int *number)
 {
     static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP};
-    struct sigaction old[sizeof numbers / sizeof numbers[0]];
-    struct sigaction action = {.sa_handler = interrupted}; /* no SA_RESTART */
+    struct signalfd_siginfo info;
+    sigset_t signals, before;
     struct termios shown;
     struct termios hidden;
-    ssize_t len;
+    ssize_t len = -1;
+    int signal_fd;
 
-    if (tcgetattr(STDIN_FILENO, &shown) != 0)
-        return -1;
+    sigemptyset(&signals);
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+        sigaddset(&signals, numbers[i]);
+    signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (signal_fd < 0 || tcgetattr(STDIN_FILENO, &shown) != 0)
+        goto out;
+again:
     hidden = shown;
     hidden.c_lflag &= ~(tcflag_t)ECHO;
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
-        sigaction(numbers[i], &action, &old[i]);
+    pthread_sigmask(SIG_BLOCK, &signals, &before);
     fputs("API key (not shown): ", stderr);
     tcsetattr(STDIN_FILENO, TCSAFLUSH, &hidden);
-    len = read_line(line, size);
+    len = read_line(line, size, signal_fd);
     tcsetattr(STDIN_FILENO, TCSAFLUSH, &shown);
     fputc('\n', stderr);
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
-        sigaction(numbers[i], &old[i], NULL);
+    *number = read(signal_fd, &info, sizeof info) == (ssize_t)sizeof info ? (int)info.ssi_signo : 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (*number == SIGTSTP) {
+        raise(SIGTSTP);
+        goto again;
+    }
+out:
+    if (signal_fd >= 0)
+        close(signal_fd);
     return len;
 }
 
 /* The key, trimmed, or says what is wrong. The caller wipes it. */
-static int read_key(char key[STORE_API_KEY_SIZE])
+static int read_key(struct ctl *ctl, char key[STORE_API_KEY_SIZE])
 {
-    char line[STORE_API_KEY_SIZE + 64];
-    ssize_t got =
-        isatty(STDIN_FILENO) ? prompt_line(line, sizeof line) : read_line(line, sizeof line);
+    char line[STORE_API_KEY_SIZE + 64] = "";
+    ssize_t got = isatty(STDIN_FILENO) ? prompt_line(line, sizeof line, &ctl->signal)
+                                       : read_line(line, sizeof line, -1);
     char *start = line;
     size_t len;
     bool ok = false;
@@ -90,10 +105,13 @@ static int read_key(char key[STORE_API_KEY_SIZE])
         }
     }
     explicit_bzero(line, sizeof line);
+    if (ctl->signal != 0)
+        return EXIT_USAGE; /* nothing was changed */
     if (!ok)
-        fputs(CTL_NAME ": the API key must be one line of standard input, 1 to 1024 visible ASCII "
-                       "characters\n",
-              stderr);
+        ctl_error(ctl,
+                  "the API key must be one line of standard input, 1 to %d visible ASCII "
+                  "characters",
+                  STORE_API_KEY_SIZE - 1);
     return ok ? EXIT_OK : EXIT_USAGE;
 }
 
@@ -130,6 +148,21 @@ static int open_token(struct ctl *ctl, int64_t *id)
     return ctl_open_store(ctl);
 }
 
+static void begin_change(struct ctl *ctl, int64_t id)
+{
+    ctl_work_begin(ctl, WORK_CHANGES, "changing token %" PRId64, id);
+}
+
+/* Of a command that names a token. */
+static int token_error(const struct ctl *ctl, const struct err *err)
+{
+    int status = ctl_store_error(ctl, err);
+
+    if (err->code == ERR_NO_SUCH_ROW)
+        ctl_next(ctl, "see which there are: `" CTL_NAME " token list`");
+    return status;
+}
+
 /* ---- the commands ---- */
 
 int ctl_token_add(struct ctl *ctl)
@@ -153,10 +186,12 @@ int ctl_token_add(struct ctl *ctl)
     if (status == EXIT_OK)
         status = ctl_open_store(ctl);
     if (status == EXIT_OK)
-        status = read_key(key);
+        status = read_key(ctl, key);
     if (status != EXIT_OK)
         return status;
+    ctl_work_begin(ctl, WORK_CHANGES, "adding a token to company %s", token.company_id);
     code = store_token_add(ctl->store, ctl->actor, &token, &id, &err);
+    ctl_work_end(ctl);
     explicit_bzero(key, sizeof key);
     if (code != ERR_NONE)
         return ctl_store_error(ctl, &err);
@@ -180,6 +215,7 @@ int ctl_token_set_status(struct ctl *ctl)
     const char *word = NULL;
     struct err err = {0};
     int64_t id = 0;
+    enum err_code code;
     int status;
 
     for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
@@ -190,9 +226,11 @@ int ctl_token_set_status(struct ctl *ctl)
     status = open_token(ctl, &id);
     if (status != EXIT_OK)
         return status;
-    if (store_token_set_status(ctl->store, ctl->actor, id, word, ctl->values[FLAG_REASON], &err) !=
-        ERR_NONE)
-        return ctl_store_error(ctl, &err);
+    begin_change(ctl, id);
+    code = store_token_set_status(ctl->store, ctl->actor, id, word, ctl->values[FLAG_REASON], &err);
+    ctl_work_end(ctl);
+    if (code != ERR_NONE)
+        return token_error(ctl, &err);
     const struct ctl_cell cells[] = {{"TokenID", ctl_integer(id)}, {"Status", ctl_text(word)}};
     return ctl_show_row(ctl, cells, 2);
 }
@@ -206,13 +244,15 @@ int ctl_token_set_key(struct ctl *ctl)
     int status = open_token(ctl, &id);
 
     if (status == EXIT_OK)
-        status = read_key(key);
+        status = read_key(ctl, key);
     if (status != EXIT_OK)
         return status;
+    begin_change(ctl, id);
     code = store_token_set_key(ctl->store, ctl->actor, id, key, &err);
+    ctl_work_end(ctl);
     explicit_bzero(key, sizeof key);
     if (code != ERR_NONE)
-        return ctl_store_error(ctl, &err);
+        return token_error(ctl, &err);
     const struct ctl_cell cells[] = {{"TokenID", ctl_integer(id)},
                                      {"ApiKey", ctl_text("replaced")}};
     return ctl_show_row(ctl, cells, 2);
@@ -224,6 +264,7 @@ int ctl_token_set_limit(struct ctl *ctl)
     int64_t id = 0;
     int64_t limit;
     double threshold;
+    enum err_code code;
     int status = read_threshold(ctl, &threshold);
 
     if (status == EXIT_OK && !parse_limit(ctl->arguments[1], &limit))
@@ -232,8 +273,11 @@ int ctl_token_set_limit(struct ctl *ctl)
         status = open_token(ctl, &id);
     if (status != EXIT_OK)
         return status;
-    if (store_token_set_limit(ctl->store, ctl->actor, id, limit, threshold, &err) != ERR_NONE)
-        return ctl_store_error(ctl, &err);
+    begin_change(ctl, id);
+    code = store_token_set_limit(ctl->store, ctl->actor, id, limit, threshold, &err);
+    ctl_work_end(ctl);
+    if (code != ERR_NONE)
+        return token_error(ctl, &err);
     const struct ctl_cell cells[] = {
         {"TokenID", ctl_integer(id)},
         {"TotalTokenLimit", limit < 0 ? ctl_null() : ctl_integer(limit)},
@@ -241,10 +285,42 @@ int ctl_token_set_limit(struct ctl *ctl)
     return ctl_show_row(ctl, cells, 2);
 }
 
+/* ---- seal ---- */
+
+struct sealing {
+    struct ctl *ctl;
+    int64_t total;
+};
+
+/* A store_row: Status and how many. */
+static bool add_tokens(void *context, size_t columns, const char *const *names,
+                       const struct store_value *values)
+{
+    struct sealing *sealing = context;
+
+    (void)names;
+    if (columns >= 2)
+        sealing->total += values[1].integer;
+    return true;
+}
+
+/* A store_go_on. */
+static bool watch_seal(void *context, int64_t done)
+{
+    const struct sealing *sealing = context;
+
+    ctl_work_count(sealing->ctl, done, sealing->total);
+    return ctl_work_go_on(sealing->ctl);
+}
+
+/* Each key by itself: what is sealed stays sealed, whatever stops the rest. */
 int ctl_seal(struct ctl *ctl)
 {
+    const struct store_filter all = {0};
+    struct sealing sealing = {.ctl = ctl};
     struct err err = {0};
     int sealed = 0, unreadable = 0;
+    enum err_code code;
     int status = ctl_open_config(ctl);
 
     if (status == EXIT_OK && ctl->config->seal.key_file[0] == '\0')
@@ -253,10 +329,24 @@ int ctl_seal(struct ctl *ctl)
         status = ctl_open_store(ctl);
     if (status != EXIT_OK)
         return status;
-    if (store_seal_keys(ctl->store, ctl->actor, &sealed, &unreadable, &err) != ERR_NONE)
+    ctl_work_begin(ctl, WORK_STEPS, "sealing API keys");
+    store_watch(ctl->store, watch_seal, &sealing);
+    code = store_query(ctl->store, VIEW_TOKENS_BY_STATUS, &all, add_tokens, &sealing, &err);
+    if (code == ERR_NONE)
+        code = store_seal_keys(ctl->store, ctl->actor, &sealed, &unreadable, &err);
+    ctl_work_end(ctl);
+    if (code != ERR_NONE) {
+        if (sealed > 0)
+            ctl_note(ctl, "sealed before that, and left so: %d", sealed);
         return ctl_store_error(ctl, &err);
+    }
     const struct ctl_cell cells[] = {{"Sealed", ctl_integer(sealed)},
                                      {"Unreadable", ctl_integer(unreadable)}};
     status = ctl_show_row(ctl, cells, 2);
+    if (ctl->signal != 0)
+        ctl_error(ctl, "interrupted: run it again for the rest");
+    if (unreadable > 0)
+        ctl_next(ctl, "put the key that sealed them into seal.key_file, or give the tokens new API "
+                      "keys: `" CTL_NAME " check` names one");
     return unreadable > 0 ? EXIT_NO : status;
 }

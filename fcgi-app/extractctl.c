@@ -4,30 +4,39 @@
  * allowed and needed, function, help); parsing, refusals and --help follow from them. What the
  * commands do is in ctl_*.c; see ctl.h.
  *
- * Exit status: 0; 1, the answer is no; 2, wrong usage or configuration; 3, the store fails. */
+ * Exit status: 0; 1, the answer is no; 2, wrong usage or configuration; 3, the store fails. Interrupted, it
+ * ends by that signal once it has said what was done. */
 #include <errno.h>
 #include <getopt.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "buf.h"
 #include "ctl.h"
 #include "log.h"
 #include "text.h"
 
 #define ALLOW(flag) (1u << (flag))
-#define ALWAYS (ALLOW(FLAG_CONFIG) | ALLOW(FLAG_JSON) | ALLOW(FLAG_HELP) | ALLOW(FLAG_VERSION))
+#define ALWAYS                                                                      \
+    (ALLOW(FLAG_CONFIG) | ALLOW(FLAG_JSON) | ALLOW(FLAG_COLOR) | ALLOW(FLAG_HELP) | \
+     ALLOW(FLAG_VERSION))
+#define TEXT_COLUMNS 100 /* where a text goes to no terminal */
+#define FIRST_FLAG 256   /* what getopt_long calls the first one: no character */
 #define PERIOD (ALLOW(FLAG_SINCE) | ALLOW(FLAG_UNTIL) | ALLOW(FLAG_ROWS))
 
 /* clang-format off */
 static const struct {
     const char *name;
-    const char *argument; /* NULL: none */
+    const char *argument; /* NULL: none; with a "[": optional, after a "=" */
     const char *help;
 } flags[FLAG_COUNT] = {
     [FLAG_CONFIG] =        {"config", "FILE", "configuration, instead of EXTRACT_CONFIG or " CONFIG_DEFAULT_FILE},
     [FLAG_JSON] =          {"json", NULL, "an array of objects instead of a table"},
+    [FLAG_COLOR] =         {"color", "[=WHEN]", "colours: auto (default: on a terminal, unless NO_COLOR is set), always, never"},
     [FLAG_HELP] =          {"help", NULL, "this text"},
     [FLAG_VERSION] =       {"version", NULL, "print the version"},
     [FLAG_COMPANY] =       {"company", "ID", "the company"},
@@ -136,7 +145,7 @@ static const struct ctl_command commands[] = {
      .help = "seal the API keys of all tokens by the first key of seal.key_file",
      .more =
          "Those that are plain and those that another key of the file has sealed. Exit status 1 "
-         "when some are\nsealed by a key that the file does not hold."},
+         "when some are sealed by a key that the file does not hold."},
     {.words = "migrate", .run = ctl_migrate, .help = "create or upgrade the schema"},
 };
 
@@ -148,11 +157,13 @@ int ctl_usage_error(const struct ctl *ctl, const char *format, ...)
 {
     va_list args;
 
-    fputs(CTL_NAME ": ", stderr);
+    char text[512];
+
     va_start(args, format);
-    vfprintf(stderr, format, args);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    fprintf(stderr, "\nTry `" CTL_NAME "%s%s --help`.\n", ctl->command != NULL ? " " : "",
+    ctl_error(ctl, "%s", text);
+    fprintf(stderr, "Try `" CTL_NAME "%s%s --help`.\n", ctl->command != NULL ? " " : "",
             ctl->command != NULL ? ctl->command->words : "");
     return EXIT_USAGE;
 }
@@ -173,37 +184,84 @@ bool ctl_parse_integer(const char *text, int64_t min, int64_t max, int64_t *numb
 /* "--company ID" */
 static const char *spell(enum ctl_flag flag, char out[64])
 {
-    snprintf(out, 64, "--%s%s%s", flags[flag].name, flags[flag].argument != NULL ? " " : "",
-             flags[flag].argument != NULL ? flags[flag].argument : "");
+    const char *argument = flags[flag].argument != NULL ? flags[flag].argument : "";
+
+    snprintf(out, 64, "--%s%s%s", flags[flag].name,
+             *argument != '\0' && *argument != '[' ? " " : "", argument);
     return out;
+}
+
+/* What stands to the right of a text of width columns, broken into lines for a terminal. */
+static void print_right(const char *left, size_t width, const char *right)
+{
+    printf("  %-*s  ", (int)width, left);
+    terminal_write(stdout, right, PAINT_NONE, 2 + width + 2, terminal_columns(STDOUT_FILENO));
+    putchar('\n');
 }
 
 static void print_flag(enum ctl_flag flag)
 {
     char left[64];
 
-    printf("  %-21s  %s\n", spell(flag, left), flags[flag].help);
+    print_right(spell(flag, left), 21, flags[flag].help);
+}
+
+/* A part of the line of usage, which goes on in the next line where the terminal ends. */
+static void print_part(size_t *at, bool needed, const char *part)
+{
+    static const char begin[] = "usage: " CTL_NAME;
+    size_t columns = terminal_columns(STDOUT_FILENO);
+    char text[80];
+
+    snprintf(text, sizeof text, "%s%s%s", needed ? "" : "[", part, needed ? "" : "]");
+    if (*at == 0)
+        *at = (size_t)printf("%s", begin);
+    if (columns > 0 && *at + 1 + strlen(text) > columns)
+        *at = (size_t)printf("\n%*s", (int)strlen(begin), "") - 1;
+    *at += (size_t)printf(" %s", text);
+}
+
+/* Line by line, each broken for a terminal. */
+static void print_text(const char *text)
+{
+    while (*text != '\0') {
+        size_t len = strcspn(text, "\n");
+        size_t columns = terminal_columns(STDOUT_FILENO);
+        char line[400];
+
+        snprintf(line, sizeof line, "%.*s", (int)len, text);
+        terminal_write(stdout, line, PAINT_NONE, 0, columns > 0 ? columns : TEXT_COLUMNS);
+        putchar('\n');
+        text += len + (text[len] == '\n');
+    }
 }
 
 static void print_command_help(const struct ctl_command *command)
 {
-    char name[64];
+    char name[64], summary[160];
+    size_t at = 0;
 
-    printf("usage: " CTL_NAME " %s", command->words);
+    print_part(&at, true, command->words);
     if (command->arguments != NULL)
-        printf(" %s", command->arguments);
+        print_part(&at, true, command->arguments);
     for (enum ctl_flag flag = 0; flag < FLAG_COUNT; flag++)
         if ((command->allowed & ALLOW(flag)) != 0)
-            printf((command->needed & ALLOW(flag)) != 0 ? " %s" : " [%s]", spell(flag, name));
-    printf(" [--config FILE] [--json]\n\n%c%s.\n", command->help[0] - 'a' + 'A', command->help + 1);
+            print_part(&at, (command->needed & ALLOW(flag)) != 0, spell(flag, name));
+    print_part(&at, false, "--config FILE");
+    print_part(&at, false, "--json");
+    print_part(&at, false, "--color[=WHEN]");
+    snprintf(summary, sizeof summary, "%c%s.", command->help[0] - 'a' + 'A', command->help + 1);
+    printf("\n\n");
+    print_text(summary);
     if (command->more != NULL)
-        printf("%s\n", command->more);
+        print_text(command->more);
     putchar('\n');
     for (enum ctl_flag flag = 0; flag < FLAG_COUNT; flag++)
         if ((command->allowed & ALLOW(flag)) != 0)
             print_flag(flag);
     print_flag(FLAG_CONFIG);
     print_flag(FLAG_JSON);
+    print_flag(FLAG_COLOR);
 }
 
 /* The commands that begin with words; all of them for "". */
@@ -218,16 +276,18 @@ static void print_help(const char *words)
                  commands[i].arguments != NULL ? " " : "",
                  commands[i].arguments != NULL ? commands[i].arguments : "");
         if (strncmp(commands[i].words, words, len) == 0)
-            printf("  %-31s  %s\n", left, commands[i].help);
+            print_right(left, 31, commands[i].help);
     }
     putchar('\n');
     print_flag(FLAG_CONFIG);
     print_flag(FLAG_JSON);
+    print_flag(FLAG_COLOR);
     print_flag(FLAG_HELP);
     print_flag(FLAG_VERSION);
-    puts("\n`" CTL_NAME
-         " COMMAND --help` says more. Exit status: 0; 1 the answer is no; 2 wrong usage or\n"
-         "configuration; 3 the store fails.");
+    putchar('\n');
+    print_text("`" CTL_NAME
+               " COMMAND --help` says more. Exit status: 0; 1 the answer is no; 2 wrong "
+               "usage or configuration; 3 the store fails.");
 }
 
 /* ---- the command line ---- */
@@ -268,28 +328,67 @@ static bool is_group(const char *word)
     return false;
 }
 
+/* What getopt_long, told to be silent, has found wrong in the argument before optind. */
+static int refuse_option(const struct ctl *ctl, int problem, char **argv)
+{
+    const char *given = argv[optind - 1];
+    int len = (int)strcspn(given, "=");
+    int candidates = 0;
+    int flag = optopt - FIRST_FLAG;
+
+    if (problem == ':' && flag >= 0 && flag < FLAG_COUNT)
+        return ctl_usage_error(ctl, "--%s needs its %s", flags[flag].name, flags[flag].argument);
+    if (flag >= 0 && flag < FLAG_COUNT)
+        return ctl_usage_error(ctl, "--%s takes no value", flags[flag].name);
+    for (int i = 0; i < FLAG_COUNT && len > 2; i++)
+        candidates += strncmp(flags[i].name, given + 2, (size_t)len - 2) == 0;
+    return ctl_usage_error(
+        ctl, candidates > 1 ? "%.*s: more than one option begins so" : "there is no option %.*s",
+        len, given);
+}
+
+static int read_color(struct ctl *ctl)
+{
+    static const char *const names[] = {
+        [COLOR_AUTO] = "auto", [COLOR_ALWAYS] = "always", [COLOR_NEVER] = "never"};
+    const char *when = ctl->values[FLAG_COLOR];
+
+    if (when == NULL)
+        return EXIT_OK;
+    if (*when == '\0')
+        when = "always"; /* --color alone, as ls and git have it */
+    for (enum terminal_color color = COLOR_AUTO; color <= COLOR_NEVER; color++)
+        if (strcmp(when, names[color]) == 0) {
+            ctl->color = color;
+            return EXIT_OK;
+        }
+    return ctl_usage_error(ctl, "--color must be auto, always or never");
+}
+
 /* Collects options into ctl; leaves optind at the first argument that is none. */
 static int read_options(struct ctl *ctl, int argc, char **argv)
 {
     struct option options[FLAG_COUNT + 1] = {0};
-    int flag;
+    int found;
 
     for (int i = 0; i < FLAG_COUNT; i++)
         options[i] = (struct option){
             .name = flags[i].name,
-            .has_arg = flags[i].argument != NULL ? required_argument : no_argument,
-            .val = i,
+            .has_arg = flags[i].argument == NULL   ? no_argument
+                       : *flags[i].argument == '[' ? optional_argument
+                                                   : required_argument,
+            .val = FIRST_FLAG + i,
         };
-    while ((flag = getopt_long(argc, argv, "", options, NULL)) != -1) {
-        if (flag == '?') { /* getopt_long has said why */
-            fputs("Try `" CTL_NAME " --help`.\n", stderr);
-            return EXIT_USAGE;
-        }
-        if (ctl->values[flag] != NULL)
+    opterr = 0;
+    while ((found = getopt_long(argc, argv, ":", options, NULL)) != -1) {
+        int flag = found - FIRST_FLAG;
+        if (flag < 0)
+            return refuse_option(ctl, found, argv);
+        if (ctl->values[flag] != NULL && flag != FLAG_COLOR) /* an alias may hold that one */
             return ctl_usage_error(ctl, "--%s is given twice", flags[flag].name);
         ctl->values[flag] = optarg != NULL ? optarg : "";
     }
-    return EXIT_OK;
+    return read_color(ctl);
 }
 
 /* Do options and arguments fit the command? */
@@ -305,7 +404,8 @@ static int check_usage(const struct ctl *ctl, int argument_count)
         if (!ctl_given(ctl, flag) && (command->needed & ALLOW(flag)) != 0)
             return ctl_usage_error(ctl, "`%s` needs --%s %s", command->words, flags[flag].name,
                                    flags[flag].argument);
-        if (ctl_given(ctl, flag) && flags[flag].argument != NULL && flag != FLAG_CONFIG)
+        if (ctl_given(ctl, flag) && flags[flag].argument != NULL && flag != FLAG_CONFIG &&
+            flag != FLAG_COLOR)
             fault = text_fault(ctl->values[flag], strlen(ctl->values[flag]), 1, 256);
         if (fault != NULL)
             return ctl_usage_error(ctl, "--%s %s", flags[flag].name, fault);
@@ -316,9 +416,25 @@ static int check_usage(const struct ctl *ctl, int argument_count)
     return EXIT_OK;
 }
 
-/* --version, --help, and the refusal of what is no command. */
+/* The second words of a group: "add, list". */
+static const char *second_words(const char *group, char out[128])
+{
+    size_t group_len = strlen(group), len = 0;
+
+    out[0] = '\0';
+    for (size_t i = 0; i < COMMAND_COUNT && len < 128; i++)
+        if (strncmp(commands[i].words, group, group_len) == 0 &&
+            commands[i].words[group_len] == ' ')
+            len += (size_t)snprintf(out + len, 128 - len, "%s%s", len > 0 ? ", " : "",
+                                    commands[i].words + group_len + 1);
+    return out;
+}
+
+/* --help, and the refusal of what is no command. */
 static int run_without_command(const struct ctl *ctl, int count, char **arguments)
 {
+    char words[128];
+
     if (ctl_given(ctl, FLAG_HELP) && (count == 0 || (count == 1 && is_group(arguments[0])))) {
         print_help(count == 0 ? "" : arguments[0]);
         return EXIT_OK;
@@ -326,10 +442,12 @@ static int run_without_command(const struct ctl *ctl, int count, char **argument
     if (count == 0)
         return ctl_usage_error(ctl, "a command is missing");
     if (count == 1 && is_group(arguments[0]))
-        return ctl_usage_error(ctl, "`%s` needs a second word", arguments[0]);
-    return ctl_usage_error(ctl, "there is no command `%s%s%s`", arguments[0],
-                           is_group(arguments[0]) ? " " : "",
-                           is_group(arguments[0]) ? arguments[1] : "");
+        return ctl_usage_error(ctl, "`%s` needs a second word: %s", arguments[0],
+                               second_words(arguments[0], words));
+    if (is_group(arguments[0]))
+        return ctl_usage_error(ctl, "there is no command `%s %s`; there are: %s", arguments[0],
+                               arguments[1], second_words(arguments[0], words));
+    return ctl_usage_error(ctl, "there is no command `%s`", arguments[0]);
 }
 
 int main(int argc, char **argv)
@@ -360,5 +478,9 @@ int main(int argc, char **argv)
         status = ctl.command->run(&ctl);
     store_close(ctl.store);
     config_free(ctl.config);
+    if (ctl.signal != 0) { /* so that a shell's loop ends, too */
+        signal(ctl.signal, SIG_DFL);
+        raise(ctl.signal);
+    }
     return status;
 }

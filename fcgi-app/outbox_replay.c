@@ -214,7 +214,7 @@ static enum err_code replay_entry(struct drain *d, const struct entry *entry, st
 
 static bool may_go_on(const struct drain *d)
 {
-    return d->replay->go_on == NULL || d->replay->go_on(d->replay->context);
+    return d->replay->go_on == NULL || d->replay->go_on(d->replay->context, d->replayed);
 }
 
 static enum err_code drain_entries(struct drain *d, struct err *err)

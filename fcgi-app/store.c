@@ -56,6 +56,8 @@ struct store {
     pthread_t thread;
     atomic_bool stopping;
     atomic_bool answers; /* did it, when it was asked last? */
+    store_go_on *go_on;  /* see store_watch; NULL: nobody watches */
+    void *go_on_context;
 };
 
 static const struct store_driver *const drivers[] = {
@@ -196,6 +198,12 @@ struct store *store_open(const struct config *config, struct err *err)
 {
     const struct store_driver *driver = find_driver(config, err);
     return driver == NULL ? NULL : store_open_with(driver, config, err);
+}
+
+void store_watch(struct store *store, store_go_on *go_on, void *context)
+{
+    store->go_on = go_on;
+    store->go_on_context = context;
 }
 
 enum err_code store_migrate(const struct config *config, int *version, struct err *err)
@@ -525,12 +533,17 @@ static void beat(const struct store *store)
     notify_beat(NOTIFY_BACKGROUND, 4 * store->query_timeout_ms + OUTBOX_PATIENCE_MS);
 }
 
-static bool go_on(void *context)
+static bool watched(struct store *store, int64_t done)
+{
+    return store->go_on == NULL || store->go_on(store->go_on_context, done);
+}
+
+static bool go_on(void *context, int64_t replayed)
 {
     struct store *store = context;
 
     beat(store);
-    return !atomic_load(&store->stopping);
+    return !atomic_load(&store->stopping) && watched(store, replayed);
 }
 
 enum err_code store_outbox_drain(struct store *store, int64_t *replayed, struct err *err)
@@ -760,18 +773,23 @@ static enum err_code each_key(struct store *store,
 {
     struct store_token_key keys[16];
     size_t count = 0;
-    int64_t after_id = 0;
+    int64_t after_id = 0, done = 0;
     enum err_code code = ERR_NONE;
+    bool more = true;
 
-    do {
+    while (more) {
         code = store->driver->token_keys(store->self, after_id, keys, sizeof keys / sizeof keys[0],
                                          &count, err);
-        for (size_t i = 0; code == ERR_NONE && i < count; i++) {
-            code = look(store, &keys[i], context, err);
+        more = code == ERR_NONE && count > 0;
+        for (size_t i = 0; more && i < count; i++) {
+            more = watched(store, done++);
+            if (more)
+                code = look(store, &keys[i], context, err);
+            more = more && code == ERR_NONE;
             after_id = keys[i].token_id;
         }
         explicit_bzero(keys, sizeof keys);
-    } while (code == ERR_NONE && count > 0);
+    }
     return code;
 }
 

@@ -34,9 +34,11 @@ static const struct known_error {
     const char *means;
 } known_errors[] = {
     /* not now */
-    {1205, ERR_STORE_UNAVAILABLE, RETRY_AT_ONCE, ABOUT_CALL, "deadlocks, again and again"},
+    {1205, ERR_STORE_UNAVAILABLE, RETRY_AT_ONCE, ABOUT_CALL,
+     "deadlocks, again and again: try again"},
     {50010, ERR_STORE_UNAVAILABLE, RETRY_AT_ONCE, ABOUT_CALL, "the lock for disabling is busy"},
-    {3960, ERR_STORE_UNAVAILABLE, RETRY_AT_ONCE, ABOUT_CALL, "update conflicts, again and again"},
+    {3960, ERR_STORE_UNAVAILABLE, RETRY_AT_ONCE, ABOUT_CALL,
+     "update conflicts, again and again: try again"},
     {1222, ERR_STORE_UNAVAILABLE, RETRY_LATER, ABOUT_CALL, "a lock was not had in time"},
     {701, ERR_STORE_UNAVAILABLE, RETRY_LATER, ABOUT_CALL, "it is out of memory"},
     {8645, ERR_STORE_UNAVAILABLE, RETRY_LATER, ABOUT_CALL, "it is out of memory"},

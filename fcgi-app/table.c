@@ -8,12 +8,12 @@
 #include <string.h>
 #include <unictype.h>
 #include <unistr.h>
-#include <uniwidth.h>
 
 #include "buf.h"
 
 #define GAP 2                    /* spaces between columns */
 #define INDENT 4                 /* spaces before what stands below a row */
+#define LAST_MIN 24              /* columns of a text that is broken into lines in its place */
 #define JSON_ROW_MAX (256 << 10) /* bytes */
 
 struct table {
@@ -142,12 +142,6 @@ static const char *cell_text(struct arena *arena, const struct store_value *valu
     return "-";
 }
 
-static size_t width(const char *text)
-{
-    int n = u8_strwidth((const uint8_t *)text, "UTF-8");
-    return n > 0 ? (size_t)n : 0;
-}
-
 /* Where the column of that name is; table->columns: nowhere. */
 static size_t find_column(const struct table *table, const char *name, size_t len)
 {
@@ -159,28 +153,47 @@ static size_t find_column(const struct table *table, const char *name, size_t le
     return column;
 }
 
+const struct store_value *table_cell(const struct table *table, size_t row, const char *name)
+{
+    size_t column = find_column(table, name, strlen(name));
+    return column < table->columns ? &table->cells[row * table->columns + column] : NULL;
+}
+
 /* A column as it is printed. */
 struct shown {
+    size_t column;      /* of the table */
     const char **texts; /* the name, then a cell a row */
     size_t width;
     bool right;
 };
 
+/* What is printed, and where. */
+struct printing {
+    const struct table *table;
+    const struct table_style *style;
+    FILE *out;
+    struct arena arena;
+    struct shown *columns;
+    size_t count;
+    size_t below; /* a column of the table; as many as it has: none */
+};
+
 static struct shown show_column(const struct table *table, size_t column, struct arena *arena)
 {
-    struct shown shown = {.texts = arena_alloc(arena, (table->rows + 1) * sizeof(char *))};
+    struct shown shown = {.column = column,
+                          .texts = arena_alloc(arena, (table->rows + 1) * sizeof(char *))};
     bool numbers = false;
     bool words = false;
 
     shown.texts[0] = escape(arena, table->names[column]);
-    shown.width = width(shown.texts[0]);
+    shown.width = terminal_width(shown.texts[0]);
     for (size_t row = 0; row < table->rows; row++) {
         const struct store_value *cell = &table->cells[row * table->columns + column];
         const char *text = cell_text(arena, cell);
 
         shown.texts[row + 1] = text;
-        if (width(text) > shown.width)
-            shown.width = width(text);
+        if (terminal_width(text) > shown.width)
+            shown.width = terminal_width(text);
         words = words || cell->type == STORE_TEXT;
         numbers = numbers || cell->type == STORE_INTEGER || cell->type == STORE_REAL;
     }
@@ -212,47 +225,139 @@ static size_t show_columns(const struct table *table, const struct table_layout 
     return count;
 }
 
-static void print_cell(const struct shown *column, size_t line, bool last, FILE *out)
+/* line 0: the names. */
+static enum paint paint_of(const struct printing *p, size_t column, size_t line)
 {
+    if (p->style->paint == NULL || line == 0)
+        return PAINT_NONE;
+    if (p->table->cells[(line - 1) * p->table->columns + column].type == STORE_NULL)
+        return PAINT_DIM;
+    return p->style->paint(p->table, line - 1, p->table->names[column]);
+}
+
+/* What follows a row on a line of its own; NULL: nothing. */
+static const char *text_below(struct printing *p, size_t row)
+{
+    const struct store_value *cell;
+
+    if (p->below >= p->table->columns)
+        return NULL;
+    cell = &p->table->cells[row * p->table->columns + p->below];
+    return cell->type == STORE_NULL ? NULL : cell_text(&p->arena, cell);
+}
+
+/* ---- in columns ---- */
+
+/* Where the last column begins. */
+static size_t last_begins(const struct printing *p)
+{
+    size_t at = 0;
+
+    for (size_t i = 0; i + 1 < p->count; i++)
+        at += p->columns[i].width + GAP;
+    return at;
+}
+
+/* Has the terminal room for all columns, the last one perhaps in several lines? */
+static bool fits(const struct printing *p)
+{
+    const struct shown *last = &p->columns[p->count - 1];
+    size_t needed = !last->right && last->width > LAST_MIN ? LAST_MIN : last->width;
+
+    return p->style->columns == 0 || last_begins(p) + needed <= p->style->columns;
+}
+
+static void print_cell(const struct printing *p, size_t i, size_t line, size_t at)
+{
+    const struct shown *column = &p->columns[i];
     const char *text = column->texts[line];
-    int padding = (int)(column->width - width(text));
+    enum paint paint = paint_of(p, column->column, line);
+    int padding = (int)(column->width - terminal_width(text));
+    bool last = i + 1 == p->count;
 
     if (column->right)
-        fprintf(out, "%*s%s%*s", padding, "", text, last ? 0 : GAP, "");
+        fprintf(p->out, "%*s%s%s%s%*s", padding, "", terminal_paint(paint), text,
+                terminal_unpaint(paint), last ? 0 : GAP, "");
+    else if (last)
+        terminal_write(p->out, text, paint, at, p->style->columns);
     else
-        fprintf(out, "%s%*s", text, last ? 0 : padding + GAP, "");
+        fprintf(p->out, "%s%s%s%*s", terminal_paint(paint), text, terminal_unpaint(paint),
+                padding + GAP, "");
 }
 
-static void print_aligned(const struct table *table, const struct table_layout *layout, FILE *out)
+static void print_aligned(struct printing *p)
 {
-    const char *below_name = layout != NULL && layout->below != NULL ? layout->below : "";
-    size_t below = find_column(table, below_name, strlen(below_name));
-    struct arena arena;
-    struct shown *columns;
-    size_t count;
+    size_t at = last_begins(p);
 
-    arena_init(&arena);
-    columns = arena_alloc(&arena, table->columns * sizeof *columns);
-    count = show_columns(table, layout, &arena, columns);
-    for (size_t line = 0; line <= table->rows; line++) {
-        for (size_t i = 0; i < count; i++)
-            print_cell(&columns[i], line, i + 1 == count, out);
-        fputc('\n', out);
-        if (line > 0 && below < table->columns) {
-            const struct store_value *cell = &table->cells[(line - 1) * table->columns + below];
-            if (cell->type != STORE_NULL)
-                fprintf(out, "%*s%s\n", INDENT, "", cell_text(&arena, cell));
+    for (size_t line = 0; line <= p->table->rows; line++) {
+        const char *below = line > 0 ? text_below(p, line - 1) : NULL;
+
+        for (size_t i = 0; i < p->count; i++)
+            print_cell(p, i, line, at);
+        fputc('\n', p->out);
+        if (below != NULL) {
+            fprintf(p->out, "%*s", INDENT, "");
+            terminal_write(p->out, below, paint_of(p, p->below, line), INDENT, p->style->columns);
+            fputc('\n', p->out);
         }
     }
-    arena_reset(&arena);
 }
 
-bool table_print(const struct table *table, const struct table_layout *layout, FILE *out)
+/* ---- one below the other, for a terminal that is too narrow ---- */
+
+static void print_named(const struct printing *p, const char *name, const char *text,
+                        enum paint paint, size_t width)
 {
+    enum paint dim = p->style->paint != NULL ? PAINT_DIM : PAINT_NONE;
+
+    fprintf(p->out, "%s%s%s%*s", terminal_paint(dim), name, terminal_unpaint(dim),
+            (int)(width - terminal_width(name) + GAP), "");
+    terminal_write(p->out, text, paint, width + GAP, p->style->columns);
+    fputc('\n', p->out);
+}
+
+static void print_records(struct printing *p)
+{
+    const char *below_name =
+        p->below < p->table->columns ? escape(&p->arena, p->table->names[p->below]) : "";
+    size_t width = terminal_width(below_name);
+
+    for (size_t i = 0; i < p->count; i++)
+        if (terminal_width(p->columns[i].texts[0]) > width)
+            width = terminal_width(p->columns[i].texts[0]);
+    for (size_t line = 1; line <= p->table->rows; line++) {
+        const char *below = text_below(p, line - 1);
+
+        if (line > 1)
+            fputc('\n', p->out);
+        for (size_t i = 0; i < p->count; i++)
+            print_named(p, p->columns[i].texts[0], p->columns[i].texts[line],
+                        paint_of(p, p->columns[i].column, line), width);
+        if (below != NULL)
+            print_named(p, below_name, below, paint_of(p, p->below, line), width);
+    }
+}
+
+bool table_print(const struct table *table, const struct table_layout *layout,
+                 const struct table_style *style, FILE *out)
+{
+    static const struct table_style plain = {.paint = NULL};
+    const char *below = layout != NULL && layout->below != NULL ? layout->below : "";
+    struct printing p = {.table = table, .style = style != NULL ? style : &plain, .out = out};
+
     if (table->failed)
         return false;
-    if (table->rows > 0)
-        print_aligned(table, layout, out);
+    if (table->rows > 0) {
+        arena_init(&p.arena);
+        p.columns = arena_alloc(&p.arena, table->columns * sizeof *p.columns);
+        p.count = show_columns(table, layout, &p.arena, p.columns);
+        p.below = find_column(table, below, strlen(below));
+        if (p.count == 0 || fits(&p))
+            print_aligned(&p);
+        else
+            print_records(&p);
+        arena_reset(&p.arena);
+    }
     return fflush(out) == 0 && !ferror(out);
 }
 

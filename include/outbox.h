@@ -58,7 +58,8 @@ void outbox_show_status(const struct store_outbox_status *status, store_row *row
 
 /* How entries are replayed: each function returns the store's verdict. ERR_BAD_VALUE kills an entry,
  * as the 20th ERR_INTERNAL in one process does; before that, others of its token wait and the rest
- * passes. Any other error ends the drain, as go_on (may be NULL) does when it says false.
+ * passes. Any other error ends the drain, as go_on (may be NULL; asked before each step, with how many are
+ * replayed) does when it says false.
  * What entries say in milliseconds from now (cooldown, expiry) is shortened by the time they waited;
  * a reservation keeps at least a minute, in which its settlement, which stands behind it, follows.
  * Records may have reached the store already: it must not keep them twice. */
@@ -68,7 +69,7 @@ struct outbox_replay {
     enum err_code (*record)(void *context, struct log_entry *const *entries, size_t entry_count,
                             const struct store_retry_attempt *const *attempts, size_t attempt_count,
                             struct err *err);
-    bool (*go_on)(void *context);
+    bool (*go_on)(void *context, int64_t replayed);
     void *context;
 };
 

@@ -40,6 +40,12 @@ struct store *store_open_with(const struct store_driver *driver, const struct co
 enum err_code store_start_background(struct store *store, struct err *err) MUST_CHECK;
 void store_close(struct store *store);
 
+/* For a tool that watches what takes long: called before each step of store_seal_keys, store_check_keys
+ * and store_outbox_drain with how many are done. When it says false, the rest is left as it is, and the
+ * call returns as after its last step. */
+typedef bool store_go_on(void *context, int64_t done);
+void store_watch(struct store *store, store_go_on *go_on, void *context);
+
 /* Creates or upgrades the schema, whatever auto_create says. *version becomes the schema's version. */
 enum err_code store_migrate(const struct config *config, int *version, struct err *err) MUST_CHECK;
 

@@ -11,6 +11,7 @@
 #include "buf.h"
 #include "err.h"
 #include "store.h"
+#include "terminal.h"
 
 struct table;
 
@@ -31,11 +32,24 @@ struct table_layout {
     const char *below;   /* where this one is not NULL, it follows on a line of its own; or NULL */
 };
 
+/* The cell of a row (from 0) in the column of that name; NULL: there is no such column. */
+const struct store_value *table_cell(const struct table *table, size_t row, const char *name);
+
+/* Where people see it. */
+struct table_style {
+    /* The colour of a cell that is not NULL; without a function nothing is coloured. */
+    enum paint (*paint)(const struct table *table, size_t row, const char *name);
+    size_t columns; /* of the terminal; 0: lines may have any length */
+};
+
 /* For people: a line of names, then a line a row, numbers to the right, NULL as "-", what would
  * disturb a terminal escaped, columns aligned by the width of their characters; nothing for a table
- * without rows. layout NULL: all columns. False when the rows could not be held or written. */
+ * without rows. A text in the last column is broken into lines where the terminal is too narrow; where
+ * that does not help, cells stand one below the other, each after its name, with an empty line between
+ * rows. layout NULL: all columns; style NULL: neither colours nor a limit. False when the rows could
+ * not be held or written. */
 bool table_print(const struct table *table, const struct table_layout *layout,
-                 FILE *out) MUST_CHECK;
+                 const struct table_style *style, FILE *out) MUST_CHECK;
 
 /* For machines: one JSON array with an object a row, all columns. False as above. */
 bool table_print_json(const struct table *table, FILE *out) MUST_CHECK;

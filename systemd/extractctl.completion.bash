@@ -2,10 +2,16 @@
 
 _extractctl() {
     local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
-    local program=${COMP_WORDS[0]} words=() word commands
+    local program=${COMP_WORDS[0]} words=() word before='' commands
 
     COMPREPLY=()
+    # bash makes three words of --by=user
+    if [[ $current == = ]]; then current=''; elif [[ $previous == = ]]; then previous=${COMP_WORDS[COMP_CWORD - 2]}; fi
     case $previous in
+    --color) if [[ ${COMP_WORDS[COMP_CWORD]} == = || ${COMP_WORDS[COMP_CWORD - 1]} == = ]]; then
+            mapfile -t COMPREPLY < <(compgen -W "auto always never" -- "$current")
+            return
+        fi ;;
     --config) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -f -- "$current"); return ;;
     --by) mapfile -t COMPREPLY < <(compgen -W "$("$program" usage --help | sed -n 's/^  --by .*sum by//p' | tr -c 'a-z\n' ' ' |
         sed 's/ default / /; s/ or / /')" -- "$current"); return ;;
@@ -14,7 +20,8 @@ _extractctl() {
 
     # The words so far that are no options: a command, or its beginning.
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
-        if [[ $word != -* && ${#words[@]} -lt 2 ]]; then words+=("$word"); fi
+        if [[ $word != -* && $word != = && $before != = && ${#words[@]} -lt 2 ]]; then words+=("$word"); fi
+        before=$word
     done
     # "token add" and so on, one on a line
     commands=$("$program" --help 2>/dev/null | sed -n '/^$/,/^$/s/^  \([a-z][a-z-]*\( [a-z][a-z-]*\)\{0,1\}\).*/\1/p')

@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
+import signal
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BUILD, PATIENCE, Emulator, Stack, eventually, refused, start_refused
+from terminal import Terminal
 
 MakeStack = Callable[..., Stack]
 KEY = "AIzaSyFallback0123456789-_abc"
@@ -116,6 +120,50 @@ def fallback(make_stack: MakeStack, tmp_path: Path) -> Stack:
     stack.allowed_stderr = [LOG_LINES]
     stack.token(key="key-1")
     return stack
+
+
+def test_drain_that_is_interrupted(fallback: Stack, pdf: bytes) -> None:
+    """On a terminal it says how far it is; what it has replayed stays, and another run does the rest, each once."""
+    with fallback.store_away():
+        answers = [fallback.post(pdf) for _ in range(3)]
+        assert {answer.status for answer in answers} == {200}
+        fallback.stop_pool()  # which would replay them itself
+        waiting = json.loads(fallback.ctl("outbox", "status", "--json").stdout)[0]["Waiting"]
+        assert waiting >= 6
+        terminal = Terminal(BUILD / "extractctl", "outbox", "drain", env=fallback.env | {
+            "TERM": "xterm", "EXTRACT_STORE_QUERY_TIMEOUT": f"{PATIENCE:.0f}s"})
+        try:
+            terminal.read("replaying the outbox: 0 of ")  # with the log entries that wait, too
+            terminal.type("\x03")
+            terminal.read("interrupted, ends after this step")
+        except BaseException:
+            terminal.close()
+            raise
+    assert terminal.end()[0] == -signal.SIGINT
+    terminal.close()
+    assert "Replayed  Waiting  Records  Dead" in terminal.screen
+    assert any("interrupted: what was replayed is in the store" in line for line in terminal.screen)
+    left = json.loads(fallback.ctl("outbox", "status", "--json").stdout)[0]["Waiting"]
+    assert left == waiting - 1
+    done = json.loads(fallback.ctl("outbox", "drain", "--json").stdout)[0]
+    assert (done["Replayed"] >= left, done["Waiting"]) == (True, 0)
+    for answer in answers:
+        assert len(fallback.sql("SELECT 1 FROM TokenUsageLogs WHERE RequestID = ?", answer.json()["request_id"])) == 1
+    fallback.balanced()
+
+
+def test_dead_entries_and_how_to_see_them(fallback: Stack) -> None:
+    drained(fallback)
+    fallback.stop_pool()
+    for command in ("status", "drain"):
+        with closing(sqlite3.connect(fallback.dir / "outbox.db", timeout=PATIENCE)) as outbox, outbox:
+            outbox.execute("INSERT INTO OutboxDead (Kind, RequestID, Payload, CreatedAt, LastError)"
+                           " VALUES ('settlement', 'r-1', '{}', 0, 'no')")
+        said = fallback.ctl("outbox", command)
+        query = re.search(r"^Next: .*: sqlite3 (\S+) '(.*)'\.$", said.stderr, re.M)
+        assert query is not None, said.stderr
+        with closing(sqlite3.connect(query[1])) as outbox:
+            assert outbox.execute(query[2]).fetchone()[1:] == ("settlement", "r-1", "no")
 
 
 def drained(stack: Stack) -> None:

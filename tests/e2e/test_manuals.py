@@ -58,7 +58,7 @@ def test_every_command_has_its_entry(tmp_path: Path) -> None:
         summary = re.sub(r"\s+", " ", told.split("\n\n")[1].split("\n")[0])
         assert summary in text, summary
         assert name in text
-        for option, what in re.findall(r"(?m)^  (--[a-z-]+(?: [A-Z]+)?) +(\S.*)$", told):
+        for option, what in re.findall(r"(?m)^  (--[a-z-]+(?: [A-Z]+|\[=[A-Z]+\])?) +(\S.*)$", told):
             assert f"{option} {what}" in text, option
 
 
@@ -87,6 +87,11 @@ def complete(*words: str) -> set[str]:
     (["token", "add", "--company", ""], set()),
     (["--config", "README"], {"README.md"}),
     (["nothing", "--j"], {"--json"}),
+    (["token", "list", "--color", "="], {"auto", "always", "never"}),
+    (["token", "list", "--color", "=", "n"], {"never"}),
+    (["--color", "=", "always", "to"], {"token"}),
+    (["--col"], {"--color"}),
+    (["usage", "--by", "=", "us"], {"user"}),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_completion(words: list[str], expected: set[str]) -> None:
     assert complete(*words) == expected

@@ -363,6 +363,71 @@ def test_ctl_without_a_store(tmp_path: Path, path: str, command: str) -> None:
     assert "Next: " in failed.stderr and str(tmp_path) in failed.stderr
 
 
+@pytest.mark.parametrize("settings, command, status, says, next_step", [
+    ({"EXTRACT_STORE_PATH": "{dir}/text"}, "usage", 3, "{dir}/text: ", "correct store.path, .* holds something else"),
+    ({"EXTRACT_STORE_PATH": "{dir}"}, "usage", 3, "{dir}: ", "correct store.path, .* holds something else"),
+    ({"EXTRACT_SERVER_STATE_DIR": "{dir}/none"}, "outbox status", 3, "server.state_dir: {dir}/none: No such file", "the directory {dir}/none"),
+    ({"EXTRACT_SERVER_STATE_DIR": "{dir}/none"}, "outbox drain", 3, "server.state_dir: {dir}/none: No such file", "the directory {dir}/none"),
+    ({"EXTRACT_SERVER_STATE_DIR": "{dir}/bad"}, "outbox status", 3, "outbox.db: file is not a database", "outbox.db in it is whole"),
+    ({}, "token set-status 9 Active", 1, "there is no token 9", "`extractctl token list`"),
+    ({}, "token set-limit 9 none", 1, "there is no token 9", "`extractctl token list`"),
+    ({}, "client-key revoke 0123", 1, "there is no client key 0123", "`extractctl client-key list`"),
+    ({}, "client-key add --company nobody", 0, "this once only", "`extractctl token add --company nobody`"),
+])
+def test_ctl_says_what_is_wrong_and_what_to_do(tmp_path: Path, settings: dict[str, str], command: str, status: int, says: str,
+                                               next_step: str) -> None:
+    (tmp_path / "text").write_bytes(b"this is not a database" * 100)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/outbox.db").write_bytes(b"this is not a database" * 100)
+    done = run(CTL, *command.split(), env=store_env(tmp_path) | {name: value.format(dir=tmp_path) for name, value in settings.items()})
+    lines = done.stderr.splitlines()
+    assert done.returncode == status and says.format(dir=tmp_path) in lines[0], done
+    assert re.search("^Next: .*" + next_step.format(dir=tmp_path), lines[1]) and lines[1].endswith(".") and len(lines) == 2
+
+
+def test_ctl_locked_store(tmp_path: Path) -> None:
+    env = store_env(tmp_path, EXTRACT_STORE_QUERY_TIMEOUT="300ms")
+    assert run(CTL, "token", "add", "--company", "A", input="key-of-a\n", env=env).returncode == 0
+    with closing(sqlite3.connect(tmp_path / "store.db", isolation_level=None)) as store:
+        store.execute("BEGIN IMMEDIATE")
+        locked = run(CTL, "token", "set-status", "1", "Disabled", env=env)
+    assert locked.returncode == 3 and "locked" in locked.stderr
+    assert f"Next: see who holds it (fuser -v {tmp_path}/store.db)" in locked.stderr
+
+
+def test_ctl_file_that_it_may_not_read() -> None:
+    """Root may read everything: then it is tried by nobody."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        (directory / "a.conf").touch(mode=0)
+        ctl = shutil.copy(CTL, directory)
+        done = run(ctl, "--config", f"{directory}/a.conf", "usage", user=65534 if os.geteuid() == 0 else None)
+    assert done.returncode == 2 and f"{directory}/a.conf: Permission denied\nNext: run it as root" in done.stderr
+
+
+def test_ctl_unknown_company(tmp_path: Path) -> None:
+    """Nothing is no error; but who misspelt the company learns of it."""
+    env = store_env(tmp_path)
+    assert run(CTL, "token", "add", "--company", "NT047", input="key-of-a\n", env=env).returncode == 0
+    assert run(CTL, "usage", "--company", "nt047", env=env).stderr == "(nothing)\n"
+    unknown = run(CTL, "usage", "--company", "NT074", env=env)
+    assert (unknown.returncode, unknown.stdout) == (0, "") and "no token is of company NT074" in unknown.stderr
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["usage", "--colr"], "there is no option --colr"), (["usage", "-x"], "there is no option -x"),
+    (["usage", "--nothing=3"], "there is no option --nothing\n"), (["usage", "--c", "x"], "more than one option begins so"),
+    (["usage", "--json=3"], "--json takes no value"), (["usage", "--company"], "--company needs its ID"),
+    (["token"], "add, list, set-status, set-key, set-limit"), (["outbox", "dran"], "there is no command `outbox dran`; there are: status, drain"),
+    (["nonsense"], "there is no command `nonsense`"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_ctl_names_what_is_wrong_in_a_command_line(arguments: list[str], says: str) -> None:
+    wrong = run(CTL, *arguments)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert says in wrong.stderr and re.fullmatch(r"extractctl: .*\nTry `extractctl[a-z -]* --help`\.\n", wrong.stderr)
+
+
 def test_migrate(tmp_path: Path) -> None:
     """Creates the schema also where auto_create says no; a second time changes nothing; then the service starts."""
     env = store_env(tmp_path, EXTRACT_STORE_AUTO_CREATE="no")

@@ -212,9 +212,10 @@ static enum err_code take_records(void *context, struct log_entry *const *entrie
     return ERR_NONE;
 }
 
-static bool go_on(void *context)
+static bool go_on(void *context, int64_t replayed)
 {
     assert_ptr_equal(context, &taken);
+    assert_true(replayed >= 0);
     return taken.stop_after < 0 || taken.count < taken.stop_after;
 }
 

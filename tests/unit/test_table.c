@@ -53,7 +53,7 @@ static void expect(struct table *table, bool json, const struct table_layout *la
     FILE *out = open_memstream(&text, &size);
 
     assert_non_null(out);
-    assert_true(json ? table_print_json(table, out) : table_print(table, layout, out));
+    assert_true(json ? table_print_json(table, out) : table_print(table, layout, NULL, out));
     assert_int_equal(fclose(out), 0);
     assert_string_equal(text, expected);
     free(text);
@@ -194,6 +194,123 @@ static void test_layout(void **state)
     expect(table_of(rows, 2), false, &unknown, "Name\none\ntwo\n");
 }
 
+/* ---- on a terminal ---- */
+
+static enum paint paint_words(const struct table *table, size_t row, const char *name)
+{
+    const struct store_value *cell = table_cell(table, row, name);
+
+    assert_non_null(cell);
+    assert_true(cell->type != STORE_NULL);
+    assert_null(table_cell(table, row, "Nam"));
+    if (cell->type != STORE_TEXT)
+        return PAINT_NONE;
+    return strncmp(cell->text, "bad", 3) == 0 ? PAINT_ALARM : PAINT_NONE;
+}
+
+/* Prints the table for a terminal, and frees it. */
+static void expect_styled(struct table *table, bool colors, size_t columns,
+                          const struct table_layout *layout, const char *expected)
+{
+    const struct table_style style = {.paint = colors ? paint_words : NULL, .columns = columns};
+    char *text = NULL;
+    size_t size = 0;
+    FILE *out = open_memstream(&text, &size);
+
+    assert_non_null(out);
+    assert_true(table_print(table, layout, &style, out));
+    assert_int_equal(fclose(out), 0);
+    assert_string_equal(text, expected);
+    free(text);
+    table_free(table);
+}
+
+#define RED(s) "\033[1;31m" s "\033[0m"
+#define DIM(s) "\033[2m" s "\033[0m"
+
+/* Colours take no room: what is beside them stands where it stands without. */
+static void test_colors(void **state)
+{
+    static const struct store_value rows[][3] = {
+        {TEXT("bad\xE6\x97\xA5"), INTEGER(1), TEXT("x")},
+        {TEXT("longest"), NOTHING, TEXT("bad")},
+    };
+    (void)state;
+
+    expect_styled(table_of(rows, 2), true, 0, NULL,
+                  "Name     Count  Note\n" RED("bad\xE6\x97\xA5") "        1  x\n"
+                                                                  "longest      " DIM("-") "  " RED(
+                                                                      "bad") "\n");
+    expect_styled(table_of(rows, 2), false, 80, NULL,
+                  "Name     Count  Note\n"
+                  "bad\xE6\x97\xA5        1  x\n"
+                  "longest      -  bad\n");
+}
+
+/* The last text goes on in its own column, the one below a row under its own beginning. */
+static void test_last_column_is_broken(void **state)
+{
+    static const struct store_value rows[][3] = {
+        {TEXT("a"), INTEGER(1), TEXT("bad luck with /a/path/that-is-long and --an-option")},
+        {TEXT("b"), INTEGER(22), TEXT("short")},
+    };
+    static const struct table_layout below = {.columns = "Name Count", .below = "Note"};
+    (void)state;
+
+    expect_styled(
+        table_of(rows, 2), true, 38, NULL,
+        "Name  Count  Note\n"
+        "a         1  " RED(
+            "bad luck with") "\n"
+                             "             " RED(
+                                 "/a/path/that-is-long and") "\n"
+                                                             "             " RED(
+                                                                 "--an-option") "\n"
+                                                                                "b        22  "
+                                                                                "short\n");
+    expect_styled(table_of(rows, 2), false, 38, &below,
+                  "Name  Count\n"
+                  "a         1\n"
+                  "    bad luck with /a/path/that-is-long\n"
+                  "    and --an-option\n"
+                  "b        22\n"
+                  "    short\n");
+}
+
+static void test_too_narrow_for_columns(void **state)
+{
+    static const struct store_value rows[][3] = {
+        {TEXT("bad"), INTEGER(1),
+         TEXT("\xE6\x97\xA5\xE6\x9C\xAC\xE5\x95\x86\xE4\xBA\x8B"
+              "\xE6\x97\xA5\xE6\x9C\xAC\xE5\x95\x86\xE4\xBA\x8B")},
+        {TEXT("b"), NOTHING, NOTHING},
+    };
+    static const struct table_layout below = {.columns = "Name Count", .below = "Note"};
+    static const struct store_value wide[][3] = {
+        {TEXT("a name of twenty char"), INTEGER(1), TEXT("and a note that says a lot")}};
+    (void)state;
+
+    expect_styled(table_of(wide, 1), false, 40, NULL,
+                  "Name   a name of twenty char\n"
+                  "Count  1\n"
+                  "Note   and a note that says a lot\n");
+    expect_styled(table_of(rows, 2), false, 10, &below,
+                  "Name   bad\n"
+                  "Count  1\n"
+                  "Note   \xE6\x97\xA5\xE6\x9C\xAC\xE5\x95\x86\xE4\xBA\x8B"
+                  "\xE6\x97\xA5\xE6\x9C\xAC\xE5\x95\x86\xE4\xBA\x8B\n"
+                  "\n"
+                  "Name   b\n"
+                  "Count  -\n");
+    expect_styled(table_of(rows, 2), true, 17, NULL,
+                  DIM("Name") "   " RED("bad") "\n" DIM("Count") "  1\n" DIM(
+                      "Note") "   "
+                              "\xE6\x97\xA5\xE6\x9C\xAC\xE5\x95\x86\xE4\xBA\x8B\xE6\x97\xA5\n"
+                              "       \xE6\x9C\xAC\xE5\x95\x86\xE4\xBA\x8B\n"
+                              "\n" DIM("Name") "   b\n" DIM("Count") "  " DIM("-") "\n" DIM(
+                                  "Note") "   " DIM("-") "\n");
+}
+
 /* ---- for machines ---- */
 
 static void test_json(void **state)
@@ -289,7 +406,7 @@ static void test_many_rows(void **state)
         assert_true(table_row(table, 1, borrowed, &value));
         memset(name, 'x', sizeof name - 1);
     }
-    assert_true(table_print(table, NULL, out));
+    assert_true(table_print(table, NULL, NULL, out));
     assert_int_equal(fclose(out), 0);
     assert_int_equal(strncmp(text, "Name\n", 5), 0);
     line = text + 5;
@@ -314,7 +431,7 @@ static void test_rows_of_different_shape(void **state)
     assert_non_null(out);
     assert_true(table_row(table, 3, names, row));
     assert_false(table_row(table, 2, names, row));
-    assert_false(table_print(table, NULL, out));
+    assert_false(table_print(table, NULL, NULL, out));
     assert_false(table_print_json(table, out));
     fclose(out);
     table_free(table);
@@ -328,7 +445,7 @@ static void test_full_disk(void **state)
     (void)state;
 
     assert_non_null(out);
-    assert_false(table_print(table, NULL, out));
+    assert_false(table_print(table, NULL, NULL, out));
     clearerr(out);
     assert_false(table_print_json(table, out));
     fclose(out);
@@ -345,6 +462,9 @@ int main(void)
         cmocka_unit_test(test_what_disturbs_a_terminal),
         cmocka_unit_test(test_escaped_width),
         cmocka_unit_test(test_layout),
+        cmocka_unit_test(test_colors),
+        cmocka_unit_test(test_last_column_is_broken),
+        cmocka_unit_test(test_too_narrow_for_columns),
         cmocka_unit_test(test_json),
         cmocka_unit_test(test_csv),
         cmocka_unit_test(test_no_rows),

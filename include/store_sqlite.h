@@ -29,7 +29,8 @@
 #define SQLITE_ACTOR "extract-fcgi"
 /* SQL that is true for tokens that this service can use. */
 #define SQLITE_PROVIDER_SERVED \
-    "(t.Provider IS NULL OR t.Provider COLLATE NOCASE IN ('', 'Google', 'Gemini'))"
+    "(t.Provider IS NULL OR t.Provider = '' OR t.Provider = 'Google' COLLATE NOCASE"    \
+    " OR t.Provider = 'Gemini' COLLATE NOCASE)"
 
 /* SQL: what the rows say that token t has used. */
 #define SQLITE_USED_BY_ROWS                                                 \

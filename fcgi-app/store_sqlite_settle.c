@@ -363,6 +363,7 @@ static enum err_code settle_item(struct sqlite_tx *tx, const void *items, size_t
 {
     struct store_settlement *s = ((struct store_settlement *const *)items)[i];
 
+    store_clear_settlement(s);
     if (s->code == ERR_NONE)
         s->code = settle_one(tx, s, &s->err);
     if (s->code != ERR_NONE)

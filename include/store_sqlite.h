@@ -174,7 +174,8 @@ enum err_code sqlite_try_write(struct store_sqlite *store, int64_t deadline_ms,
 /* sqlite_follow for those who are not about to write, and have no reader. */
 enum err_code sqlite_follow_now(struct store_sqlite *store, struct err *err) MUST_CHECK;
 
-/* One item of a batch. Returns its code; err says why. */
+/* One item of a batch. Returns its code; err says why. Comes again for the same item, with nothing of
+ * the first time in the database, where another one was refused. */
 typedef enum err_code sqlite_do_item(struct sqlite_tx *tx, const void *items, size_t i,
                                      struct err *err);
 /* A batch, in one transaction. What an item did that is refused (ERR_BAD_VALUE) is undone, and the

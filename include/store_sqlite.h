@@ -28,8 +28,8 @@
 /* The actor of AuditLog rows that the service writes on its own. */
 #define SQLITE_ACTOR "extract-fcgi"
 /* SQL that is true for tokens that this service can use. */
-#define SQLITE_PROVIDER_SERVED \
-    "(t.Provider IS NULL OR t.Provider = '' OR t.Provider = 'Google' COLLATE NOCASE"    \
+#define SQLITE_PROVIDER_SERVED                                                       \
+    "(t.Provider IS NULL OR t.Provider = '' OR t.Provider = 'Google' COLLATE NOCASE" \
     " OR t.Provider = 'Gemini' COLLATE NOCASE)"
 
 /* SQL: what the rows say that token t has used. */

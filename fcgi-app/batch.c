@@ -8,30 +8,52 @@
  * Invariant, whenever the lock is free: if a place is free, every caller in the queue holds one
  * (it was given a place and has not woken up yet). So nobody waits while a place is empty.
  *
- * A caller's memory is its stack: it stays until no run holds an item of its. */
+ * Who waits is called under the lock, but woken after it: else all whom a run has carried would wake up
+ * only to wait for the lock. Who was carried does not need it any more. A caller's memory is its stack:
+ * it stays until no run holds an item of its, and until it was woken if it was called. */
 #include "batch.h"
 
 #include <errno.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <time.h>
 
 #include "clock.h"
 
+/* The thread sanitizers of gcc 12 and clang 14 do not know sem_clockwait(). */
+#if defined(__SANITIZE_THREAD__)
+#define HAS_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define HAS_TSAN 1
+#endif
+#endif
+#ifdef HAS_TSAN
+#include <sanitizer/tsan_interface.h>
+#define TSAN_RELEASE(what) __tsan_release(what)
+#define TSAN_ACQUIRE(what) __tsan_acquire(what)
+#else
+#define TSAN_RELEASE(what) ((void)0)
+#define TSAN_ACQUIRE(what) ((void)0)
+#endif
+
+enum call { NOT_CALLED, CALLED_TO_LEAD, CALLED_AS_DONE };
+
 struct waiter {
-    struct waiter *next;
+    struct waiter *next; /* in the queue; later among those to be woken */
     void **items;
     size_t count;
-    size_t taken; /* items that a run has taken; in the queue while taken < count */
-    size_t done;  /* items whose run has ended */
-    bool leads;   /* holds a leader's place */
-    pthread_cond_t wake;
+    size_t taken;   /* items that a run has taken; in the queue while taken < count */
+    size_t done;    /* items whose run has ended */
+    bool leads;     /* holds a leader's place */
+    enum call call; /* the first of what it is called for; set once, until it has woken up */
+    sem_t wake;
 };
 
 struct batch {
     pthread_mutex_t lock;
-    pthread_condattr_t monotonic;
     struct waiter *first, **last; /* the queue */
     int free_places;
     batch_run *run;
@@ -45,8 +67,6 @@ struct batch *batch_new(int leaders, batch_run *run, void *context)
     if (b == NULL)
         return NULL;
     pthread_mutex_init(&b->lock, NULL);
-    pthread_condattr_init(&b->monotonic);
-    pthread_condattr_setclock(&b->monotonic, CLOCK_MONOTONIC);
     b->last = &b->first;
     b->free_places = leaders < 1 ? 1 : leaders;
     b->run = run;
@@ -58,7 +78,6 @@ void batch_free(struct batch *b)
 {
     if (b == NULL)
         return;
-    pthread_condattr_destroy(&b->monotonic);
     pthread_mutex_destroy(&b->lock);
     free(b);
 }
@@ -106,8 +125,41 @@ static size_t take(struct batch *b, void **run, struct waiter **owners)
     return n;
 }
 
-/* Gives the place to the first in the queue that has none, or leaves it empty. */
-static void pass_on(struct batch *b, struct waiter *from)
+/* ---- calling and waking ---- */
+
+/* Under the lock. Adds w to those to be woken, unless it is to wake up already. */
+static void call(struct waiter *w, enum call why, struct waiter **woken)
+{
+    if (w->call != NOT_CALLED)
+        return;
+    w->call = why;
+    if (why == CALLED_AS_DONE) { /* one that is called to lead is in the queue, and wakes alone */
+        w->next = *woken;
+        *woken = w;
+    }
+}
+
+/* Without the lock. Each of them may be gone as soon as it is woken. */
+static void wake_one(struct waiter *w)
+{
+    if (w == NULL)
+        return;
+    TSAN_RELEASE(&w->wake);
+    sem_post(&w->wake);
+}
+
+static void wake_all(struct waiter *woken)
+{
+    while (woken != NULL) {
+        struct waiter *next = woken->next;
+        wake_one(woken);
+        woken = next;
+    }
+}
+
+/* Under the lock. Gives the place to the first in the queue that has none, or leaves it empty. Returns
+ * whom to wake, or NULL. */
+static struct waiter *pass_on(struct batch *b, struct waiter *from)
 {
     struct waiter *w = b->first;
 
@@ -116,17 +168,23 @@ static void pass_on(struct batch *b, struct waiter *from)
         w = w->next;
     if (w == NULL) {
         b->free_places++;
-        return;
+        return NULL;
     }
     w->leads = true;
-    pthread_cond_signal(&w->wake);
+    if (w == from || w->call != NOT_CALLED)
+        return NULL;
+    call(w, CALLED_TO_LEAD, NULL);
+    return w;
 }
 
-/* One run, with the lock released meanwhile. */
+/* ---- leading ---- */
+
+/* One run. Holds the lock at the beginning and at the end. */
 static void lead(struct batch *b, struct waiter *self)
 {
     void *run[BATCH_MAX];
     struct waiter *owners[BATCH_MAX];
+    struct waiter *woken = NULL;
     size_t n = take(b, run, owners);
 
     pthread_mutex_unlock(&b->lock);
@@ -135,33 +193,117 @@ static void lead(struct batch *b, struct waiter *self)
     for (size_t i = 0; i < n; i++) {
         struct waiter *w = owners[i];
         if (++w->done == w->count && w != self)
-            pthread_cond_signal(&w->wake);
+            call(w, CALLED_AS_DONE, &woken);
     }
-    pass_on(b, self);
+    struct waiter *leader = pass_on(b, self);
+    pthread_mutex_unlock(&b->lock);
+    wake_one(leader);
+    wake_all(woken);
+    pthread_mutex_lock(&b->lock);
 }
 
-/* Waits to be woken, until the deadline unless a run holds items of self. True: too late. */
-static bool wait_turn(struct batch *b, struct waiter *self, int64_t deadline_ms)
+/* ---- waiting ---- */
+
+static void be_woken(struct waiter *self)
 {
-    if (self->taken > self->done) {
-        pthread_cond_wait(&self->wake, &b->lock);
+    while (sem_wait(&self->wake) != 0)
+        ;
+    TSAN_ACQUIRE(&self->wake);
+}
+
+/* Until woken, or until the deadline. True: woken. */
+static bool be_woken_until(struct waiter *self, int64_t deadline_ms)
+{
+    const struct timespec until = {.tv_sec = (time_t)(deadline_ms / 1000),
+                                   .tv_nsec = (long)(deadline_ms % 1000) * 1000000};
+    int result;
+
+    while ((result = sem_clockwait(&self->wake, CLOCK_MONOTONIC, &until)) != 0 && errno == EINTR)
+        ;
+    if (result != 0)
         return false;
+    TSAN_ACQUIRE(&self->wake);
+    return true;
+}
+
+/* Without the lock. True: all was carried, and the lock is not needed again. */
+static bool answer_call(struct batch *b, struct waiter *self)
+{
+    if (self->call == CALLED_AS_DONE)
+        return true;
+    pthread_mutex_lock(&b->lock);
+    self->call = NOT_CALLED;
+    return false;
+}
+
+enum outcome { CARRIED, LATE, AWAKE };
+
+/* Waits to be woken, until the deadline unless a run holds items of self. Takes the lock over, and gives
+ * it back unless CARRIED. */
+static enum outcome wait_turn(struct batch *b, struct waiter *self, int64_t deadline_ms)
+{
+    bool is_bounded = self->taken == self->done;
+
+    pthread_mutex_unlock(&b->lock);
+    if (!is_bounded) {
+        be_woken(self);
+        return answer_call(b, self) ? CARRIED : AWAKE;
     }
-    if (deadline_ms < 0)
-        deadline_ms = 0;
-    struct timespec until = {.tv_sec = (time_t)(deadline_ms / 1000),
-                             .tv_nsec = (long)(deadline_ms % 1000) * 1000000};
-    return pthread_cond_timedwait(&self->wake, &b->lock, &until) == ETIMEDOUT &&
-           self->taken == self->done;
+    if (be_woken_until(self, deadline_ms < 0 ? 0 : deadline_ms))
+        return answer_call(b, self) ? CARRIED : AWAKE;
+    pthread_mutex_lock(&b->lock);
+    if (self->call == NOT_CALLED)
+        return self->taken == self->done ? LATE : AWAKE;
+    pthread_mutex_unlock(&b->lock); /* called just now: whoever did it still holds on to self */
+    be_woken(self);
+    return answer_call(b, self) ? CARRIED : AWAKE;
+}
+
+/* Until all is done or it is too late. Holds the lock at the beginning, and at the end unless CARRIED. */
+static enum outcome take_part(struct batch *b, struct waiter *self, int64_t deadline_ms)
+{
+    enum outcome outcome = AWAKE;
+
+    while (self->done < self->count && outcome == AWAKE) {
+        if (!self->leads) {
+            outcome = wait_turn(b, self, deadline_ms);
+        } else if (self->taken == self->count) { /* another leader was faster */
+            struct waiter *leader = pass_on(b, self);
+            pthread_mutex_unlock(&b->lock);
+            wake_one(leader);
+            pthread_mutex_lock(&b->lock);
+        } else if (self->taken == self->done && clock_monotonic_ms() >= deadline_ms) {
+            outcome = LATE;
+        } else {
+            lead(b, self);
+        }
+    }
+    return outcome;
+}
+
+/* Under the lock, which it gives up. */
+static void leave(struct batch *b, struct waiter *self, enum outcome outcome)
+{
+    struct waiter *leader = NULL;
+
+    if (outcome == LATE)
+        unlink_waiter(b, self);
+    if (self->leads)
+        leader = pass_on(b, self);
+    bool is_called = self->call != NOT_CALLED;
+    pthread_mutex_unlock(&b->lock);
+    wake_one(leader);
+    if (is_called)
+        be_woken(self);
 }
 
 enum err_code batch_submit(struct batch *b, void **items, size_t count, int64_t deadline_ms,
                            size_t *ran)
 {
     struct waiter self = {.items = items, .count = count};
-    bool late = false;
+    enum outcome outcome = AWAKE;
 
-    pthread_cond_init(&self.wake, &b->monotonic);
+    sem_init(&self.wake, 0, 0);
     pthread_mutex_lock(&b->lock);
     if (count > 0)
         enqueue(b, &self);
@@ -171,22 +313,10 @@ enum err_code batch_submit(struct batch *b, void **items, size_t count, int64_t 
         lead(b,
              &self); /* whatever the deadline: it bounds the waiting, and this one does not wait */
     }
-    while (self.done < count && !late) {
-        if (!self.leads)
-            late = wait_turn(b, &self, deadline_ms);
-        else if (self.taken == count)
-            pass_on(b, &self); /* another leader was faster */
-        else if (self.taken == self.done && clock_monotonic_ms() >= deadline_ms)
-            late = true;
-        else
-            lead(b, &self);
-    }
-    if (late)
-        unlink_waiter(b, &self);
-    if (self.leads)
-        pass_on(b, &self);
-    pthread_mutex_unlock(&b->lock);
-    pthread_cond_destroy(&self.wake);
+    outcome = take_part(b, &self, deadline_ms);
+    if (outcome != CARRIED)
+        leave(b, &self, outcome);
+    sem_destroy(&self.wake);
     if (ran != NULL)
         *ran = self.done;
     return self.done == count ? ERR_NONE : ERR_STORE_UNAVAILABLE;

@@ -8,6 +8,8 @@
 #include "connection.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
@@ -188,11 +190,26 @@ static void write_response(struct connection *c, struct response *response)
     FCGX_PutStr(buf_str(&response->body), (int)len, out);
 }
 
+/* Has the peer said all that it has to say, and was that read? Never blocks. */
+static bool was_read_to_end(struct connection *c)
+{
+    if (fcntl(c->fd, F_SETFL, O_NONBLOCK) != 0)
+        return false;
+    bool ended = FCGX_GetChar(c->fcgi.in) == EOF && FCGX_GetError(c->fcgi.in) == 0;
+    fcntl(c->fd, F_SETFL, 0);
+    return ended;
+}
+
+/* libfcgi closes as if the peer were still sending: it waits until the peer has closed, for two seconds
+ * at most. Who has sent all that was read needs no such care. */
 void connection_answer(struct connection *c, struct response *response)
 {
     write_response(c, response);
     response_reset(response);
+    c->fcgi.keepConnection = was_read_to_end(c);
     FCGX_Finish_r(&c->fcgi);
+    if (c->fcgi.ipcFd >= 0)
+        close(c->fcgi.ipcFd);
     arena_reset(&c->request.arena);
 }
 

@@ -12,6 +12,7 @@
 
 #define PDF_HEADER_WITHIN 1024
 #define PDF_END_WITHIN 65536
+#define PDF_END_NEAR 1024 /* where it nearly always is */
 
 static uint32_t big_endian(const unsigned char *p)
 {
@@ -32,8 +33,14 @@ static bool starts(const unsigned char *data, size_t len, const char *with, size
 
 static const char *fault_in_pdf(const unsigned char *data, size_t len)
 {
+    const unsigned char *end = data + len;
+    size_t near = len < PDF_END_NEAR ? len : PDF_END_NEAR;
     size_t window = len < PDF_END_WITHIN ? len : PDF_END_WITHIN;
-    return memmem(data + len - window, window, "%%EOF", 5) != NULL ? NULL : "PDF without %%EOF";
+
+    return text_find(end - near, near, "%%EOF", 5) != NULL ||
+                   text_find(end - window, window, "%%EOF", 5) != NULL
+               ? NULL
+               : "PDF without %%EOF";
 }
 
 /* Chunks from IHDR to IEND; their checksums are the reader's business. */

@@ -55,13 +55,13 @@ static void lane_init(struct lane *lane)
     lane->last = &lane->first;
 }
 
+/* Who waits for it is to be woken after the mutex is free again: else it would wait for that, too. */
 static void lane_put(struct lane *lane, struct slot *slot)
 {
     slot->next = NULL;
     *lane->last = slot;
     lane->last = &slot->next;
     lane->count++;
-    pthread_cond_signal(&lane->some);
 }
 
 static struct slot *lane_take(struct lane *lane)
@@ -231,24 +231,30 @@ static void *reading_main(void *argument)
     return NULL;
 }
 
+/* When it is past queue_wait (monotonic). */
+static int64_t late_at(const struct server *server, const struct slot *slot)
+{
+    return slot->connection.request.accepted_ms + server->app->config->server.queue_wait_ms;
+}
+
 /* The next one to refuse: refused already, or first in the queue and past queue_wait. Waits for one;
  * NULL when the server closes (what is queued then is still served). */
 static struct slot *next_refused(struct server *server)
 {
-    int64_t queue_wait = server->app->config->server.queue_wait_ms;
-
     while (server->refused.first == NULL && !server->closing) {
         if (server->work.first == NULL) {
             pthread_cond_wait(&server->refused.some, &server->mutex);
             continue;
         }
-        int64_t until = server->work.first->connection.request.accepted_ms + queue_wait;
+        int64_t until = late_at(server, server->work.first);
         if (clock_monotonic_ms() >= until) {
             metrics_add(METRIC_QUEUED, -1);
             return lane_take(&server->work);
         }
         struct timespec t = as_timespec(until);
+        server->looks_at_ms = until;
         pthread_cond_timedwait(&server->refused.some, &server->mutex, &t);
+        server->looks_at_ms = INT64_MAX;
     }
     return lane_take(&server->refused);
 }
@@ -296,26 +302,38 @@ bool server_queue_is_full(struct server *server)
     return full;
 }
 
+/* Under the mutex. */
+static struct lane *choose_lane(struct server *server, const struct request *request)
+{
+    switch (route_lane(request)) {
+    case ROUTE_AT_ONCE:
+        return request->content_length > 0 ? &server->refused : &server->at_once;
+    case ROUTE_READER:
+        return server->reading.count < READING_MAX ? &server->reading : &server->refused;
+    case ROUTE_WORKER:
+        break;
+    }
+    return server->work.count < server->app->config->server.queue + server->idle_workers
+               ? &server->work
+               : &server->refused;
+}
+
 void server_dispatch(struct server *server, struct slot *slot)
 {
-    enum route_lane lane = route_lane(&slot->connection.request);
+    bool is_early = false; /* it is late before anybody looks whether the first in the queue is */
 
     pthread_mutex_lock(&server->mutex);
+    struct lane *lane = choose_lane(server, &slot->connection.request);
     slot->read_until_ms = 0;
-    if (lane == ROUTE_AT_ONCE) {
-        bool has_body = slot->connection.request.content_length > 0;
-        lane_put(has_body ? &server->refused : &server->at_once, slot);
-    } else if (lane == ROUTE_READER) {
-        lane_put(server->reading.count < READING_MAX ? &server->reading : &server->refused, slot);
-    } else if (server->work.count < server->app->config->server.queue + server->idle_workers) {
-        lane_put(&server->work, slot);
+    lane_put(lane, slot);
+    if (lane == &server->work) {
         metrics_add(METRIC_QUEUED, 1);
-        if (server->work.first == slot) /* a new first one: when is it past queue_wait? */
-            pthread_cond_signal(&server->refused.some);
-    } else {
-        lane_put(&server->refused, slot);
+        is_early = late_at(server, slot) < server->looks_at_ms;
     }
     pthread_mutex_unlock(&server->mutex);
+    pthread_cond_signal(&lane->some);
+    if (is_early)
+        pthread_cond_signal(&server->refused.some);
 }
 
 /* ---- start and end ---- */
@@ -361,6 +379,7 @@ static struct server *server_new(struct app *app, int drain_fd, struct err *err)
     server->app = app;
     server->epoll = server->heads = server->idle_fd = -1;
     server->drain_fd = drain_fd;
+    server->looks_at_ms = INT64_MAX;
     server->slot_count = count;
     for (size_t i = 0; i < count; i++) {
         server->slots[i].next = server->free;

@@ -285,24 +285,27 @@ static enum err_code store_sqlite_ping(void *self, struct err *err)
 
 /* ---- log entries and retry attempts ---- */
 
-/* again: unless it is there already. */
+/* again: unless it is there already. A plain INSERT where that need not be asked: SQLite sets up a
+ * table on the side to select from the one that it inserts into. */
 static enum err_code insert_entry(struct sqlite_tx *tx, const struct log_entry *e, bool again,
                                   struct err *err)
 {
-    static const char sql[] =
-        "INSERT INTO ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module,"
-        " FunctionName, LineNumber, RequestID, Host, TraceID)"
-        " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?12"
-        " WHERE ?11 = 0 OR NOT EXISTS (SELECT 1 FROM ApplicationLogs"
+#define INSERT_ENTRY                                                                        \
+    "INSERT INTO ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module," \
+    " FunctionName, LineNumber, RequestID, Host, TraceID)"
+    static const char sql[] = INSERT_ENTRY " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)";
+    static const char sql_again[] = INSERT_ENTRY
+        " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11"
+        " WHERE NOT EXISTS (SELECT 1 FROM ApplicationLogs"
         "     WHERE Timestamp = ?1 AND Message = ?4 AND Module = ?6 AND LineNumber = ?8"
         "       AND RequestID IS ?9 AND Host = ?10)";
     char when[CLOCK_TEXT_SIZE];
 
     clock_format(e->wall_ms, when);
-    return SQLITE_RUN(tx->db, NULL, err, sql, sql_text(when), sql_text(log_level_name(e->level)),
-                      sql_text(e->logger), sql_text(e->message), sql_text(e->exception),
-                      sql_text(e->module), sql_text(e->function), sql_int(e->line),
-                      sql_text(e->request_id), sql_text(log_host()), sql_int(again),
+    return SQLITE_RUN(tx->db, NULL, err, again ? sql_again : sql, sql_text(when),
+                      sql_text(log_level_name(e->level)), sql_text(e->logger), sql_text(e->message),
+                      sql_text(e->exception), sql_text(e->module), sql_text(e->function),
+                      sql_int(e->line), sql_text(e->request_id), sql_text(log_host()),
                       sql_text(e->trace_id));
 }
 

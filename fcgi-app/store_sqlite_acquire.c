@@ -505,6 +505,7 @@ static enum err_code acquire_item(struct sqlite_tx *tx, const void *items, size_
 {
     struct store_acquire *a = ((struct store_acquire *const *)items)[i];
 
+    store_clear_acquire(a);
     if (a->code == ERR_NONE)
         a->code = acquire_one(tx, a, &a->err);
     if (a->code != ERR_NONE)

@@ -423,7 +423,7 @@ static enum err_code undo(struct sqlite_tx *tx, struct err *err)
     return code == ERR_NONE ? keep(tx, err) : code;
 }
 
-/* Returns an error only where the whole batch must end. */
+/* By itself, so that it can be undone. Returns an error only where the whole batch must end. */
 static enum err_code run_item(struct sqlite_tx *tx, sqlite_do_item *do_item, const void *items,
                               size_t i, struct err *err)
 {
@@ -441,15 +441,34 @@ static enum err_code run_item(struct sqlite_tx *tx, sqlite_do_item *do_item, con
     return code;
 }
 
+/* As if none were refused: without the marks that could undo one alone, for which SQLite copies each
+ * page. *refused: one was, and all must be done again. */
+static enum err_code run_plainly(struct sqlite_tx *tx, sqlite_do_item *do_item, const void *items,
+                                 size_t count, bool *refused, struct err *err)
+{
+    enum err_code code = ERR_NONE;
+
+    *refused = false;
+    for (size_t i = 0; i < count && code == ERR_NONE; i++)
+        code = do_item(tx, items, i, err);
+    if (code != ERR_BAD_VALUE)
+        return code;
+    *refused = true;
+    roll_back(tx->db);
+    return sqlite_exec(tx->db, "BEGIN IMMEDIATE", err);
+}
+
 enum err_code sqlite_run_batch(struct store_sqlite *store, sqlite_do_item *do_item,
                                const void *items, size_t count, struct err *err)
 {
     struct sqlite_tx tx;
+    bool refused = false;
     enum err_code code = sqlite_begin(store, &tx, err);
 
     if (code != ERR_NONE)
         return code;
-    for (size_t i = 0; i < count && code == ERR_NONE; i++)
+    code = run_plainly(&tx, do_item, items, count, &refused, err);
+    for (size_t i = 0; i < count && code == ERR_NONE && refused; i++)
         code = run_item(&tx, do_item, items, i, err);
     return sqlite_end(store, code, err);
 }

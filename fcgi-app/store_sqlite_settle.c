@@ -13,6 +13,7 @@
 struct before {
     bool settled;   /* there is a usage row */
     bool has_token; /* the token is still in TokenMaster */
+    bool has_summary;
     bool limited;
     int64_t limit;
     int64_t pending; /* reservations that are open or unsettled */
@@ -70,7 +71,8 @@ static enum err_code look_at_token(struct sqlite_tx *tx, const struct store_sett
                                    struct before *b, struct err *err)
 {
     static const char sql[] =
-        "SELECT CompanyID, TotalTokenLimit FROM TokenMaster WHERE TokenID = ?1";
+        "SELECT t.CompanyID, t.TotalTokenLimit, s.TokenID IS NOT NULL FROM TokenMaster t"
+        " LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID WHERE t.TokenID = ?1";
     sqlite3_stmt *row = NULL;
     enum err_code code = ERR_NONE;
 
@@ -82,6 +84,7 @@ static enum err_code look_at_token(struct sqlite_tx *tx, const struct store_sett
         copy_company(b, row, 0);
         b->limited = sqlite3_column_type(row, 1) != SQLITE_NULL;
         b->limit = sqlite3_column_int64(row, 1);
+        b->has_summary = sqlite3_column_int(row, 2) != 0;
     }
     sqlite3_reset(row);
     return code;
@@ -268,21 +271,25 @@ static enum err_code add_usage(struct sqlite_tx *tx, struct store_settlement *s,
                               " SET TotalUsedTokens = TotalUsedTokens + ?2,"
                               "     TotalRemainingTokens = ?3 - (TotalUsedTokens + ?2),"
                               "     LastUpdated = ?4"
-                              " WHERE TokenID = ?1"
-                              " RETURNING TotalUsedTokens, Threshold";
+                              " WHERE TokenID = ?1";
+    static const char sql_now[] =
+        "SELECT TotalUsedTokens, Threshold FROM TokenUsageSummary WHERE TokenID = ?1";
     struct store_value limit = b->limited ? sql_int(b->limit) : sql_text(NULL);
     sqlite3_stmt *row = NULL;
     int64_t used = 0;
     double threshold = 0;
-    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_int(s->token_id),
-                                          sql_int(s->usage.total_tokens), limit, sql_text(tx->now));
+    enum err_code code = SQLITE_RUN(tx->db, NULL, err, sql, sql_int(s->token_id),
+                                    sql_int(s->usage.total_tokens), limit, sql_text(tx->now));
 
+    if (code != ERR_NONE || !b->limited)
+        return code;
+    code = SQLITE_FIRST_ROW(tx->db, &row, err, sql_now, sql_int(s->token_id));
     if (row != NULL) {
         used = sqlite3_column_int64(row, 0);
         threshold = sqlite3_column_double(row, 1);
     }
     sqlite3_reset(row);
-    if (code != ERR_NONE || !b->limited)
+    if (code != ERR_NONE)
         return code;
     /* Divided, not multiplied: 7 of 100 is 0.07 exactly as it is written. */
     if (used >= b->limit || (double)used / (double)b->limit >= threshold)
@@ -300,7 +307,7 @@ static enum err_code settle_usage(struct sqlite_tx *tx, struct store_settlement 
     if (s->token_id != 0 && !b->has_token)
         return err_set(err, ERR_BAD_VALUE, "token %lld was deleted", (long long)s->token_id);
     /* Before the usage row: a summary that is made now sums up what was there. */
-    if (s->token_id != 0)
+    if (s->token_id != 0 && !b->has_summary)
         code = sqlite_ensure_summary(tx, s->token_id, err);
     if (code == ERR_NONE)
         code = insert_usage(tx, s, b, err);
@@ -357,6 +364,7 @@ static enum err_code settle_item(struct sqlite_tx *tx, const void *items, size_t
 {
     struct store_settlement *s = ((struct store_settlement *const *)items)[i];
 
+    store_clear_settlement(s);
     if (s->code == ERR_NONE)
         s->code = settle_one(tx, s, &s->err);
     if (s->code != ERR_NONE)

@@ -63,10 +63,26 @@ char *text_fold(struct arena *a, const char *s)
     return copy;
 }
 
+/* How many bytes at the beginning stand for themselves in escaped text: visible ASCII and the space. */
+static size_t plain_run(const char *s, size_t len)
+{
+    size_t n = 0;
+
+    while (n < len && s[n] >= ' ' && s[n] <= '~' && s[n] != '\\')
+        n++;
+    return n;
+}
+
 void text_escape(struct buf *b, const char *s, size_t len)
 {
     for (size_t i = 0; i < len;) {
         ucs4_t c;
+        size_t plain = plain_run(s + i, len - i);
+        if (plain > 0) {
+            buf_append(b, s + i, plain);
+            i += plain;
+            continue;
+        }
         int n = u8_mbtoucr(&c, (const uint8_t *)s + i, len - i);
         if (n <= 0) {
             buf_printf(b, "\\x%02X", (unsigned char)s[i]);

@@ -28,8 +28,9 @@
 /* The actor of AuditLog rows that the service writes on its own. */
 #define SQLITE_ACTOR "extract-fcgi"
 /* SQL that is true for tokens that this service can use. */
-#define SQLITE_PROVIDER_SERVED \
-    "(t.Provider IS NULL OR t.Provider COLLATE NOCASE IN ('', 'Google', 'Gemini'))"
+#define SQLITE_PROVIDER_SERVED                                                       \
+    "(t.Provider IS NULL OR t.Provider = '' OR t.Provider = 'Google' COLLATE NOCASE" \
+    " OR t.Provider = 'Gemini' COLLATE NOCASE)"
 
 /* SQL: what the rows say that token t has used. */
 #define SQLITE_USED_BY_ROWS                                                 \
@@ -173,7 +174,8 @@ enum err_code sqlite_try_write(struct store_sqlite *store, int64_t deadline_ms,
 /* sqlite_follow for those who are not about to write, and have no reader. */
 enum err_code sqlite_follow_now(struct store_sqlite *store, struct err *err) MUST_CHECK;
 
-/* One item of a batch. Returns its code; err says why. */
+/* One item of a batch. Returns its code; err says why. Comes again for the same item, with nothing of
+ * the first time in the database, where another one was refused. */
 typedef enum err_code sqlite_do_item(struct sqlite_tx *tx, const void *items, size_t i,
                                      struct err *err);
 /* A batch, in one transaction. What an item did that is refused (ERR_BAD_VALUE) is undone, and the

@@ -156,7 +156,7 @@ CREATE TABLE IF NOT EXISTS TokenReservations (
     RequestedBy     TEXT,
     EstimatedTokens INTEGER NOT NULL DEFAULT 0,
     State           TEXT NOT NULL DEFAULT 'open'
-                    CHECK (State IN ('open', 'settled', 'released', 'unsettled')),
+                    CHECK (State = 'open' OR State = 'settled' OR State = 'released' OR State = 'unsettled'),
     UnknownCalls    INTEGER NOT NULL DEFAULT 0,
     TokenSource     TEXT NOT NULL DEFAULT 'store',
     Host            TEXT,

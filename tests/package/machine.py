@@ -115,6 +115,7 @@ class Machine:
         self.log = directory / "console"
         self.children: list[subprocess.Popen[Any]] = []
         run("cp", "--archive", "--reflink=auto", tree, self.root)
+        (self.root / "etc/hosts").write_text("127.0.0.1 localhost\n")  # as Debian's installer has it
         try:
             self.start()
         except BaseException:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 
 from guide import Guide
-from life import HIGHER, PROGRAM, Life
+from life import FIRST, HIGHER, PROGRAM, Life
 from machine import PATIENCE, Booted, Machine, eventually
 
 
@@ -13,7 +13,7 @@ class TestBooted(Life):
     KIND = Booted
 
     def start(self, machine: Machine, guide: Guide) -> None:
-        said = machine.run(guide.commands("Start", "systemctl start"))
+        said = machine.run(guide.commands(FIRST, "systemctl start"))
         for unit in ("extract-fcgi.target", "extract-fcgi.socket", "extract-fcgi@1.service", "extract-fcgi@2.service"):
             assert f"● {unit} - " in said, said
 

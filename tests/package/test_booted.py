@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from guide import Guide
 from life import FIRST, HIGHER, PROGRAM, Life
@@ -11,6 +12,7 @@ from machine import PATIENCE, Booted, Machine, eventually
 
 class TestBooted(Life):
     KIND = Booted
+    PACKAGES: list[str | Path] = [*Life.PACKAGES, "sqlite3", "prometheus"]
 
     def start(self, machine: Machine, guide: Guide) -> None:
         said = machine.run(guide.commands(FIRST, "systemctl start"))

@@ -76,8 +76,8 @@ class Life:
 
     def first_extraction(self, machine: Machine, guide: Guide) -> Any:
         """A token and a client key, both of which the other steps use, and an invoice: the answer."""
-        token, client, check = guide.commands(FIRST, "token add").splitlines()
-        machine.run(token, input="the-api-key\n")
+        client, check = guide.commands(FIRST, "client-key add").splitlines()
+        machine.run(guide.commands(FIRST, "token add"), input="the-api-key\n")
         [key] = re.findall(r"extract_[\w-]{40,}", machine.run(client))
         type(self).client_key = key
         said = machine.run(f"KEY={key}\n{guide.commands(FIRST, '/extract ').replace('curl ', 'curl -sS ', 1)}")
@@ -169,6 +169,8 @@ class Life:
         machine.run(reload)
         said = machine.run(guide.commands("Installing the site", "update-ca-certificates"))
         assert '{"status": "ok"}' in said and f'It says `{{"status": "ok"}}`' in guide.text
+        machine.run(guide.commands("Installing the site", "worker_connections"))
+        assert "worker_connections 4096;" in machine.run("nginx -T && nginx -s reload")
         for page in ("", "dashboard", "extract-fcgi/page.css"):
             machine.run(f"curl -sS --fail https://{NAME}/{page}")
 
@@ -240,6 +242,7 @@ class Life:
         [day] = re.findall(r"(?m)^20\d\d-.*", (drill := machine.run(guide.commands(section, "mkdir -m 700 /tmp/drill"))))
         assert day.split()[1] == "1" and "1 sealed, none in clear" in drill and "\nok\n" in f"\n{drill}"
         assert not machine.path("/tmp/drill").exists()
+        machine.run(guide.commands(section, "outbox drain"))
         machine.run(guide.commands(section, "store.db-wal"))
         key = machine.path("/etc/extract-fcgi/credentials/sealing-key")
         old = key.read_bytes()

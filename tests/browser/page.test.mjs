@@ -640,6 +640,7 @@ describe("the form", () => {
 
 test("the keyboard alone", () => withPage(async (page) => {
     const {company} = newCompany();
+    const chooser = page.waitForEvent("filechooser"); // asked for early: Playwright catches it only once the browser has been told
     const focused = () => page.evaluate(() => document.activeElement.id || document.activeElement.getAttribute("aria-label"));
     const tabTo = async (what) => {
         const passed = [];
@@ -656,8 +657,8 @@ test("the keyboard alone", () => withPage(async (page) => {
     await tabTo("remember");
     await page.keyboard.press("Space");
     await tabTo("choose");
-    const [chooser] = await Promise.all([page.waitForEvent("filechooser"), page.keyboard.press("Enter")]);
-    await chooser.setFiles(PDF);
+    await page.keyboard.press("Enter");
+    await (await chooser).setFiles(PDF);
     await tabTo("start");
     await page.keyboard.press("Enter");
     await until(page, "invoice-de.pdf", "done");

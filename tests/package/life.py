@@ -230,9 +230,10 @@ class Life:
 
     def test_logs(self, machine: Machine) -> None:
         guide, _ = self.guides(machine)
-        [usage] = re.findall(r"(?m)^NT047 +anna .*", machine.run(guide.commands("Logs", "--by user").replace("REQUEST_ID", "none")))
-        assert usage
-        assert "serves" not in machine.run(guide.commands("Logs", "journalctl"))
+        request = json.loads(machine.run("extractctl logs --since 1h --json"))[0]["RequestID"] or "none"
+        said = machine.run(guide.commands("Logs", "--by user").replace("REQUEST_ID", request))
+        assert "\nNT047      anna " in said
+        assert "Started extract-fcgi@1.service" in machine.run(guide.commands("Logs", "journalctl"))
 
     def test_backup(self, machine: Machine) -> None:
         """The drill with the backup, then in earnest, then another sealing key."""
@@ -271,11 +272,11 @@ class Life:
 
         before = {machine.path(name): machine.path(name).read_text() for name in (CONFIG, CREDENTIALS)}
         key = self.client_key
+        assert "`cat > /etc/extract-fcgi/credentials/store-password`" in guide.text
         for name in ("store-password", "admin-password"):
-            assert "`cat > /etc/extract-fcgi/credentials/store-password`" in guide.text
             machine.run(f"cat > /etc/extract-fcgi/credentials/{name}", input=f"{SQL_PASSWORD}\n")
         machine.run(connection.replace("db1.example.org:1433", SQL_SERVER).replace("\nEND\n", f"\nca_file = {authority}\nEND\n"))
-        assert f"driver = mssql\n" in machine.run("extract-fcgi --check-config")
+        assert "driver = mssql\n" in machine.run("extract-fcgi --check-config")
         self.first_extraction(machine, guide)
         assert "\nNT047 " in machine.run("extractctl usage --by user")
 

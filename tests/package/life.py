@@ -257,7 +257,10 @@ class Life:
         database = Guide(machine.path(f"{SHARE}/sql/README.md"))
         logins = database.commands("Setting up", "CREATE LOGIN")
         made = re.findall(r"CREATE LOGIN (\w+) .*\nCREATE USER (\w+) FOR LOGIN (\w+)\nALTER ROLE (\w+) ADD MEMBER (\w+)\n", logins)
-        roles = re.findall(r"CREATE ROLE (\w+)", machine.path(f"{SHARE}/sql/setup_database.sql").read_text())
+        script = machine.path(f"{SHARE}/sql/setup_database.sql").read_text()
+        assert '"extract-fcgi: schema version … is complete"' in database.text
+        assert re.search(r"\nPRINT N'extract-fcgi: schema version \d+ is complete'\n", script)
+        roles = re.findall(r"CREATE ROLE (\w+)", script)
         connection = guide.commands("The store", "driver = mssql")
         users = re.findall(r"(?m)^(?:admin_)?user = (\w+)$", connection)
         assert [names[0] for names in made] == users and len(roles) == 3
@@ -268,7 +271,7 @@ class Life:
         authority = "/etc/ssl/certs/sql-server.pem"
         shutil.copy(machine.start_sql_server(service, administrator), machine.path(authority))
         machine.sql(administrator, "", database.commands("Setting up", "CREATE DATABASE"))
-        machine.sql(administrator, "ExtractDB", machine.path(f"{SHARE}/sql/setup_database.sql").read_text())
+        machine.sql(administrator, "ExtractDB", script)
 
         before = {machine.path(name): machine.path(name).read_text() for name in (CONFIG, CREDENTIALS)}
         key = self.client_key

@@ -118,7 +118,7 @@ static enum err_code read_page(struct app *app, struct page *page, struct err *e
 
 /* ---- 4. the answer ---- */
 
-static void refuse(const struct request *request, struct response *response, enum err_code code,
+static void refuse(struct request *request, struct response *response, enum err_code code,
                    int retry_after_s, const struct err *err)
 {
     const char *detail = code == ERR_BAD_REQUEST ? err->message
@@ -129,10 +129,11 @@ static void refuse(const struct request *request, struct response *response, enu
 
     code = err_for_client(code);
     response_problem(response, request, code, detail, retry_after_s, false);
-    LOG_AT(response->status >= 500 ? LOG_ERROR : LOG_WARNING, request->id, err->message,
-           "%s: path=%s ms=%lld peer=%s proxy_request_id=%s", err_info(code)->name, request->path,
-           (long long)(clock_monotonic_ms() - request->accepted_ms), request->peer,
-           request->proxy_request_id);
+    LOG_TRACED(response->status >= 500 ? LOG_ERROR : LOG_WARNING, request->id,
+               request_trace_id(request), err->message, "%s: path=%s ms=%lld peer=%s %s",
+               err_info(code)->name, request->path,
+               (long long)(clock_monotonic_ms() - request->accepted_ms), request->peer,
+               request_other_ids(request));
 }
 
 void admin_handle(struct app *app, struct request *request, struct response *response)

@@ -68,7 +68,7 @@ static const struct admin_view views[] = {
      .id = "LogID",
      .file_name = "errors.csv",
      .columns = {"LogID", "Timestamp", "LogLevel", "Logger", "Message", "Exception", "Module",
-                 "FunctionName", "LineNumber", "RequestID", "Host"}},
+                 "FunctionName", "LineNumber", "RequestID", "Host", "TraceID"}},
     {.path = "/admin/retries",
      .view = VIEW_RETRIES,
      .takes = OF_ALL,

@@ -64,6 +64,22 @@ static char *secret(const struct connection *c, const char *name)
     return value == NULL ? none : value;
 }
 
+/* NULL: it is not there, or more than once. (libfcgi gives the first of several.) */
+static const char *only_parameter(const struct connection *c, const char *name)
+{
+    const size_t len = strlen(name);
+    const char *value = NULL;
+
+    for (char **at = c->fcgi.envp; at != NULL && *at != NULL; at++) {
+        if (strncmp(*at, name, len) != 0 || (*at)[len] != '=')
+            continue;
+        if (value != NULL)
+            return NULL;
+        value = *at + len + 1;
+    }
+    return value;
+}
+
 static size_t read_stdin(void *io, void *into, size_t size)
 {
     FCGX_Request *fcgi = io;
@@ -136,6 +152,8 @@ bool connection_read_head(struct connection *c)
     request->peer = parameter(c, "REMOTE_ADDR");
     request->authorization = secret(c, "HTTP_AUTHORIZATION");
     request->idempotency_key = FCGX_GetParam("HTTP_IDEMPOTENCY_KEY", c->fcgi.envp);
+    trace_read(&request->trace, only_parameter(c, "HTTP_TRACEPARENT"),
+               only_parameter(c, "HTTP_TRACESTATE"));
     request->read = read_stdin;
     request->io = &c->fcgi;
     return true;

@@ -332,7 +332,8 @@ static void call_once(struct extraction *x)
                                      .mime_type = media_type(x->kind),
                                      .file = x->file,
                                      .file_len = x->file_len,
-                                     .timeout_ms = left < timeout ? left : timeout};
+                                     .timeout_ms = left < timeout ? left : timeout,
+                                     .trace = &x->request->trace};
     struct retry_outcome *outcome = &x->answer.outcome;
 
     if (x->attempts++ > 0)
@@ -396,7 +397,7 @@ static enum err_code run(struct extraction *x)
     int64_t reserve = config->gemini.reserve_tokens;
     tokens_init(&x->tokens, x->app, &request->arena, request->id, x->company, x->branch, x->user,
                 x->client.id[0] == '\0' ? NULL : x->client.id, request->idempotency_key,
-                guess > reserve ? guess : reserve, x->deadline_ms);
+                request_trace_id(request), guess > reserve ? guess : reserve, x->deadline_ms);
     if ((code = acquire(x, NULL, false)) == ERR_NONE)
         code = call_until_done(x);
     tokens_settle(&x->tokens, x->model[0] == '\0' ? NULL : x->model, clock_monotonic_ms() - begun);
@@ -407,9 +408,10 @@ static enum err_code run(struct extraction *x)
 
 /* ---- 6. and 7. the end ---- */
 
-static void log_end(const struct extraction *x, enum err_code code, const struct usage *usage)
+static void log_end(struct extraction *x, enum err_code code, const struct usage *usage)
 {
-    const struct request *request = x->request;
+    struct request *request = x->request;
+    const char *trace_id = request_trace_id(request);
     int64_t ms = clock_monotonic_ms() - request->accepted_ms;
     const char *company = x->tokens.company != NULL ? x->tokens.company /* the store's spelling */
                           : x->company != NULL      ? x->company
@@ -417,18 +419,18 @@ static void log_end(const struct extraction *x, enum err_code code, const struct
     const char *user = x->user == NULL ? "-" : x->user;
 
     if (code == ERR_NONE) {
-        log_info(request->id,
-                 "extracted: company=%s user=%s type=%s bytes=%zu attempts=%d tokens=%lld model=%s "
-                 "ms=%lld proxy_request_id=%s",
-                 x->tokens.company, user, media_type(x->kind), x->file_len, x->attempts,
-                 (long long)usage->total_tokens, x->answer.model, (long long)ms,
-                 request->proxy_request_id);
+        LOG_TRACED(LOG_INFO, request->id, trace_id, NULL,
+                   "extracted: company=%s user=%s type=%s bytes=%zu attempts=%d tokens=%lld "
+                   "model=%s ms=%lld %s",
+                   x->tokens.company, user, media_type(x->kind), x->file_len, x->attempts,
+                   (long long)usage->total_tokens, x->answer.model, (long long)ms,
+                   request_other_ids(request));
         return;
     }
-    LOG_AT(err_info(code)->status >= 500 ? LOG_ERROR : LOG_WARNING, request->id, x->err.message,
-           "%s: company=%s user=%s attempts=%d tokens=%lld ms=%lld peer=%s proxy_request_id=%s",
-           err_info(code)->name, company, user, x->attempts, (long long)usage->total_tokens,
-           (long long)ms, request->peer, request->proxy_request_id);
+    LOG_TRACED(err_info(code)->status >= 500 ? LOG_ERROR : LOG_WARNING, request->id, trace_id,
+               x->err.message, "%s: company=%s user=%s attempts=%d tokens=%lld ms=%lld peer=%s %s",
+               err_info(code)->name, company, user, x->attempts, (long long)usage->total_tokens,
+               (long long)ms, request->peer, request_other_ids(request));
 }
 
 static void answer_success(struct extraction *x, const struct usage *usage,

@@ -342,6 +342,23 @@ static void set_header(struct curl_slist **headers, const char *line, bool *ok)
         *headers = more;
 }
 
+/* What a proxy on the way needs to put its spans into the client's trace; nothing where there is none. */
+static void set_trace(struct curl_slist **headers, const struct trace *trace, bool *ok)
+{
+    char line[sizeof "tracestate: " + TRACE_STATE_MAX];
+    char parent[TRACE_PARENT_SIZE];
+
+    if (trace == NULL || trace->id[0] == '\0')
+        return;
+    trace_parent(trace, parent);
+    snprintf(line, sizeof line, "traceparent: %s", parent);
+    set_header(headers, line, ok);
+    if (trace->state == NULL)
+        return;
+    snprintf(line, sizeof line, "tracestate: %s", trace->state);
+    set_header(headers, line, ok);
+}
+
 /* Google quotes keys in its messages ("Consumer 'api_key:…' has been suspended"), and those go to
  * StatusReason, RetryAttempts and the log. */
 static void hide_key(struct buf *answer, const char *key)
@@ -371,6 +388,7 @@ void gemini_call(struct gemini_client *client, const struct gemini_call *call,
     set_header(&headers, key_header, &ok);
     set_header(&headers, "Content-Type: application/json", &ok);
     set_header(&headers, "Expect:", &ok);
+    set_trace(&headers, call->trace, &ok);
     curl_easy_setopt(curl, CURLOPT_HTTPHEADER, headers);
     curl_easy_setopt(curl, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t)body.size);
     curl_easy_setopt(curl, CURLOPT_UPLOAD_BUFFERSIZE,

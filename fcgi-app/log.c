@@ -138,10 +138,11 @@ static const char *next_string(const char **at)
     return s;
 }
 
-PRINTF_LIKE(7, 0)
+PRINTF_LIKE(8, 0)
 static struct log_entry *make_entry(enum log_level level, const char *file, int line,
                                     const char *function, const char *request_id,
-                                    const char *exception, const char *format, va_list args)
+                                    const char *trace_id, const char *exception, const char *format,
+                                    va_list args)
 {
     char message[MESSAGE_MAX + 2]; /* one byte more than fits: a character cut here is cut again */
     const char *module = base_name(file);
@@ -158,6 +159,8 @@ static struct log_entry *make_entry(enum log_level level, const char *file, int 
     append_escaped(&text, message, MESSAGE_MAX);
     if (request_id != NULL)
         append_text(&text, request_id);
+    if (trace_id != NULL)
+        append_text(&text, trace_id);
     if (exception != NULL)
         append_escaped(&text, exception, EXCEPTION_MAX);
     if (!buf_ok(&text))
@@ -175,6 +178,8 @@ static struct log_entry *make_entry(enum log_level level, const char *file, int 
     entry->message = next_string(&at);
     if (request_id != NULL)
         entry->request_id = next_string(&at);
+    if (trace_id != NULL)
+        entry->trace_id = next_string(&at);
     if (exception != NULL)
         entry->exception = next_string(&at);
 out:
@@ -190,7 +195,7 @@ struct log_entry *log_entry_new(enum log_level level, const char *file, int line
 
     va_start(args, format);
     struct log_entry *entry =
-        make_entry(level, file, line, function, request_id, exception, format, args);
+        make_entry(level, file, line, function, request_id, NULL, exception, format, args);
     va_end(args);
     return entry;
 }
@@ -211,7 +216,8 @@ static void say_without_memory(enum log_level level, const char *file, int line,
 }
 
 void log_write(enum log_level level, const char *file, int line, const char *function,
-               const char *request_id, const char *exception, const char *format, ...)
+               const char *request_id, const char *trace_id, const char *exception,
+               const char *format, ...)
 {
     va_list args;
 
@@ -219,7 +225,7 @@ void log_write(enum log_level level, const char *file, int line, const char *fun
         return;
     va_start(args, format);
     struct log_entry *entry =
-        make_entry(level, file, line, function, request_id, exception, format, args);
+        make_entry(level, file, line, function, request_id, trace_id, exception, format, args);
     va_end(args);
     if (entry == NULL) {
         say_without_memory(level, file, line, function, request_id);

@@ -70,6 +70,7 @@ static const struct field settlement_fields[] = {
     SETTLEMENT("fault_reason", FIELD_TEXT, fault.reason),
     SETTLEMENT("idempotency", FIELD_NEW_INT, idempotency),
     SETTLEMENT("release_sequence", FIELD_NEW_INT, release_sequence),
+    SETTLEMENT("trace_id", FIELD_TEXT, trace_id),
 };
 
 static const struct field reservation_fields[] = {
@@ -84,11 +85,11 @@ static const struct field reservation_fields[] = {
 };
 
 static const struct field log_fields[] = {
-    LOG("wall_ms", FIELD_INT64, wall_ms),     LOG("level", FIELD_INT, level),
-    LOG("logger", FIELD_TEXT, logger),        LOG("message", FIELD_TEXT, message),
-    LOG("exception", FIELD_TEXT, exception),  LOG("module", FIELD_TEXT, module),
-    LOG("function", FIELD_TEXT, function),    LOG("line", FIELD_INT, line),
-    LOG("request_id", FIELD_TEXT, request_id)};
+    LOG("wall_ms", FIELD_INT64, wall_ms),      LOG("level", FIELD_INT, level),
+    LOG("logger", FIELD_TEXT, logger),         LOG("message", FIELD_TEXT, message),
+    LOG("exception", FIELD_TEXT, exception),   LOG("module", FIELD_TEXT, module),
+    LOG("function", FIELD_TEXT, function),     LOG("line", FIELD_INT, line),
+    LOG("request_id", FIELD_TEXT, request_id), LOG("trace_id", FIELD_TEXT, trace_id)};
 
 static const struct field attempt_fields[] = {
     ATTEMPT("token_id", FIELD_INT64, token_id),

@@ -36,6 +36,21 @@ void response_problem(struct response *response, const struct request *request, 
                spent ? "true" : "false");
 }
 
+const char *request_trace_id(const struct request *request)
+{
+    return request->trace.id[0] == '\0' ? NULL : request->trace.id;
+}
+
+const char *request_other_ids(struct request *request)
+{
+    const char *trace_id = request_trace_id(request);
+
+    return trace_id == NULL
+               ? arena_printf(&request->arena, "proxy_request_id=%s", request->proxy_request_id)
+               : arena_printf(&request->arena, "proxy_request_id=%s trace_id=%s",
+                              request->proxy_request_id, trace_id);
+}
+
 void request_drain(struct request *request)
 {
     char scratch[16384];

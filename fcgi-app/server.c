@@ -262,7 +262,9 @@ static void refuse(struct app *app, struct request *request, struct response *re
     request_drain(request);
     response_problem(response, request, ERR_OVERLOADED, NULL, 0, false);
     metrics_add(METRIC_REQUESTS + ERR_OVERLOADED, 1);
-    log_warning(request->id, NULL, "overloaded: the queue is full, or queue_wait has passed");
+    LOG_TRACED(LOG_WARNING, request->id, request_trace_id(request), NULL,
+               "overloaded: the queue is full, or queue_wait has passed; %s",
+               request_other_ids(request));
 }
 
 static void *refusing_main(void *argument)

@@ -5,6 +5,7 @@
 #include <strings.h>
 
 #include "text.h"
+#include "trace.h"
 
 /* Input beyond these is refused: it cannot be meant, and sums must not overflow. */
 #define COUNT_MAX INT64_C(1000000000000000) /* tokens */
@@ -93,6 +94,8 @@ static const char *settlement_fault(const struct store_settlement *s)
         return "token_id must not be negative";
     if (!store_text_fits(s->client_key_id, 0, ID_MAX_BYTES))
         return "client_key_id must have at most 64 bytes";
+    if (s->trace_id != NULL && !store_text_fits(s->trace_id, 1, TRACE_ID_SIZE - 1))
+        return "trace_id must have 1 to 32 bytes";
     if (s->token_source == NULL ||
         (strcmp(s->token_source, "store") != 0 && strcmp(s->token_source, "fallback") != 0))
         return "token_source must be store or fallback";

@@ -116,6 +116,7 @@ static void add_entry(struct buf *json, const struct log_entry *e)
     add_text(json, "function", e->function);
     buf_printf(json, ",\"line\":%d", e->line);
     add_text(json, "requestId", e->request_id);
+    add_text(json, "traceId", e->trace_id);
     add_text(json, "host", log_host());
     buf_append_char(json, '}');
 }

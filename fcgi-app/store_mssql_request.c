@@ -281,6 +281,7 @@ static void add_settlement(struct buf *json, const void *items, size_t i)
     add_text(json, "branch", s->branch);
     add_text(json, "requestedBy", s->requested_by);
     add_text(json, "clientKeyId", s->client_key_id);
+    add_text(json, "traceId", s->trace_id);
     add_text(json, "tokenSource", s->token_source);
     add_cut(json, "model", s->model, MODEL_MAX);
     add_int(json, "inputTokens", u->input_tokens);

@@ -18,7 +18,7 @@
 #include "embed.h"
 
 /* What sql/setup_sqlite.sql sets up. */
-#define SCHEMA_VERSION 3
+#define SCHEMA_VERSION 4
 #define SCHEMA_MAJOR 1
 #define RETRY_PAUSE_MS 10
 #define PING_TIMEOUT_MS 1000
@@ -66,13 +66,41 @@ static enum err_code use_wal(struct sqlite_db *db, int64_t deadline_ms, struct e
     return code;
 }
 
+/* The columns that tables of older versions lack: the script's CREATE TABLE leaves those as they are. */
+static enum err_code add_columns(struct sqlite_db *db, struct err *err)
+{
+    static const struct {
+        const char *table, *column, *statement;
+    } columns[] = {
+        {"TokenUsageLogs", "TraceID", "ALTER TABLE TokenUsageLogs ADD COLUMN TraceID TEXT"},
+        {"ApplicationLogs", "TraceID", "ALTER TABLE ApplicationLogs ADD COLUMN TraceID TEXT"},
+    };
+    static const char sql_lacks[] =
+        "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?1"
+        " AND NOT EXISTS (SELECT 1 FROM pragma_table_info(?1) WHERE name = ?2)";
+    enum err_code code = ERR_NONE;
+
+    for (size_t i = 0; code == ERR_NONE && i < sizeof columns / sizeof columns[0]; i++) {
+        sqlite3_stmt *row = NULL;
+        code = SQLITE_FIRST_ROW(db, &row, err, sql_lacks, sql_text(columns[i].table),
+                                sql_text(columns[i].column));
+        bool lacks = row != NULL;
+        sqlite3_reset(row);
+        if (lacks)
+            code = sqlite_exec(db, columns[i].statement, err);
+    }
+    return code;
+}
+
 static enum err_code set_up(struct sqlite_db *db, struct err *err)
 {
     enum err_code code = sqlite_exec(db, "BEGIN EXCLUSIVE", err);
 
     if (code != ERR_NONE)
         return code;
-    if (sqlite3_exec(db->handle, embed_setup_sqlite, NULL, NULL, NULL) != SQLITE_OK)
+    code = add_columns(db, err);
+    if (code == ERR_NONE &&
+        sqlite3_exec(db->handle, embed_setup_sqlite, NULL, NULL, NULL) != SQLITE_OK)
         /* The text is ours, so SQLite's own words (a table that is in the way) hold no data. */
         code = err_set(err, ERR_SCHEMA, "setting up the schema: %s", sqlite3_errmsg(db->handle));
     if (code == ERR_NONE)
@@ -263,8 +291,8 @@ static enum err_code insert_entry(struct sqlite_tx *tx, const struct log_entry *
 {
     static const char sql[] =
         "INSERT INTO ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module,"
-        " FunctionName, LineNumber, RequestID, Host)"
-        " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10"
+        " FunctionName, LineNumber, RequestID, Host, TraceID)"
+        " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?12"
         " WHERE ?11 = 0 OR NOT EXISTS (SELECT 1 FROM ApplicationLogs"
         "     WHERE Timestamp = ?1 AND Message = ?4 AND Module = ?6 AND LineNumber = ?8"
         "       AND RequestID IS ?9 AND Host = ?10)";
@@ -274,7 +302,8 @@ static enum err_code insert_entry(struct sqlite_tx *tx, const struct log_entry *
     return SQLITE_RUN(tx->db, NULL, err, sql, sql_text(when), sql_text(log_level_name(e->level)),
                       sql_text(e->logger), sql_text(e->message), sql_text(e->exception),
                       sql_text(e->module), sql_text(e->function), sql_int(e->line),
-                      sql_text(e->request_id), sql_text(log_host()), sql_int(again));
+                      sql_text(e->request_id), sql_text(log_host()), sql_int(again),
+                      sql_text(e->trace_id));
 }
 
 static enum err_code insert_attempt(struct sqlite_tx *tx, const struct store_retry_attempt *a,

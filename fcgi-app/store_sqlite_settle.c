@@ -209,21 +209,22 @@ static enum err_code insert_usage(struct sqlite_tx *tx, const struct store_settl
         "INSERT INTO TokenUsageLogs (TokenID, Branch, RequestedBy, InputTokens, OutputTokens,"
         " TextPromptTokens, ImagePromptTokens, TextCandidatesTokens, TotalTokensUsed,"
         " RequestCount, LoggedAt, RequestID, CompanyID, ClientKeyID, TokenSource, ThoughtsTokens,"
-        " CachedTokens, UnknownCalls, Model, DurationMs)"
+        " CachedTokens, UnknownCalls, Model, DurationMs, TraceID)"
         " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18,"
-        "         SUBSTR(?19, 1, 256), ?20)";
+        "         SUBSTR(?19, 1, 256), ?20, ?21)";
     const struct usage *u = &s->usage;
     char logged[CLOCK_TEXT_SIZE];
 
     clock_format(s->logged_ms != 0 ? s->logged_ms : tx->now_ms, logged);
-    return SQLITE_RUN(
-        tx->db, NULL, err, sql, sql_id(s->token_id), sql_text(s->branch), sql_text(s->requested_by),
-        sql_int(u->input_tokens), sql_int(u->output_tokens), sql_int(u->text_prompt_tokens),
-        sql_int(u->image_prompt_tokens), sql_int(u->text_candidates_tokens),
-        sql_int(u->total_tokens), sql_int(s->request_count), sql_text(logged),
-        sql_text(s->request_id), sql_text(b->company), sql_text(s->client_key_id),
-        sql_text(s->token_source), sql_int(u->thoughts_tokens), sql_int(u->cached_tokens),
-        sql_int(s->unknown_calls), sql_text(s->model), sql_int(s->duration_ms));
+    return SQLITE_RUN(tx->db, NULL, err, sql, sql_id(s->token_id), sql_text(s->branch),
+                      sql_text(s->requested_by), sql_int(u->input_tokens),
+                      sql_int(u->output_tokens), sql_int(u->text_prompt_tokens),
+                      sql_int(u->image_prompt_tokens), sql_int(u->text_candidates_tokens),
+                      sql_int(u->total_tokens), sql_int(s->request_count), sql_text(logged),
+                      sql_text(s->request_id), sql_text(b->company), sql_text(s->client_key_id),
+                      sql_text(s->token_source), sql_int(u->thoughts_tokens),
+                      sql_int(u->cached_tokens), sql_int(s->unknown_calls), sql_text(s->model),
+                      sql_int(s->duration_ms), sql_text(s->trace_id));
 }
 
 static enum err_code cross_threshold(struct sqlite_tx *tx, struct store_settlement *s,

@@ -16,8 +16,8 @@
 
 void tokens_init(struct tokens *tokens, struct app *app, struct arena *arena,
                  const char *request_id, const char *company, const char *branch, const char *user,
-                 const char *client_key_id, const char *idempotency_key, int64_t estimate,
-                 int64_t deadline_ms)
+                 const char *client_key_id, const char *idempotency_key, const char *trace_id,
+                 int64_t estimate, int64_t deadline_ms)
 {
     *tokens = (struct tokens){.app = app,
                               .arena = arena,
@@ -27,6 +27,7 @@ void tokens_init(struct tokens *tokens, struct app *app, struct arena *arena,
                               .user = user,
                               .client_key_id = client_key_id,
                               .idempotency_key = idempotency_key,
+                              .trace_id = trace_id,
                               .estimate = estimate,
                               .deadline_ms = deadline_ms};
 }
@@ -312,6 +313,7 @@ void tokens_settle(struct tokens *tokens, const char *model, int64_t duration_ms
                                               .branch = tokens->branch,
                                               .requested_by = tokens->user,
                                               .client_key_id = tokens->client_key_id,
+                                              .trace_id = tokens->trace_id,
                                               .token_source = use->id == 0 ? "fallback" : "store",
                                               .model = model,
                                               .usage = use->usage,

@@ -13,6 +13,7 @@
 #include "config.h"
 #include "err.h"
 #include "retry.h"
+#include "trace.h"
 #include "usage.h"
 
 #define GEMINI_ANSWER_MAX (16 * 1024 * 1024) /* bytes that are read of one, decompressed */
@@ -37,6 +38,7 @@ struct gemini_call {
     const unsigned char *file; /* borrowed; read while the call runs */
     size_t file_len;
     int64_t timeout_ms;
+    const struct trace *trace; /* that the call belongs to; NULL, or an empty one: none */
 };
 
 struct gemini_answer {
@@ -54,8 +56,9 @@ void gemini_answer_init(struct gemini_answer *answer);
 void gemini_answer_reset(struct gemini_answer *answer);
 
 /* Calls generateContent and fills answer (initialised by the caller); what went wrong is in
- * answer->outcome. Never blocks longer than timeout_ms. libcurl can't silently send the request a
- * second time once its last byte was handed over. */
+ * answer->outcome. Never blocks longer than timeout_ms. Within a trace each call is a span of its own:
+ * an attempt and its retry can be told apart. libcurl can't silently send the request a second time
+ * once its last byte was handed over. */
 void gemini_call(struct gemini_client *client, const struct gemini_call *call,
                  struct gemini_answer *answer);
 

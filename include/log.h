@@ -23,6 +23,7 @@ struct log_entry {
     const char *function;
     int line;
     const char *request_id; /* NULL outside a request */
+    const char *trace_id;   /* in the entry that ends a request: of its trace; NULL: none */
 };
 
 /* Takes the entry over: it frees it with free() when done. Called from any thread; must not log. */
@@ -38,10 +39,11 @@ const char *log_level_name(enum log_level level) __attribute__((returns_nonnull)
 /* One line on standard error, in one write. */
 void log_to_stderr(const struct log_entry *entry);
 
-/* exception and request_id may be NULL. The message is cut at 4,000 bytes, the exception at 16,000. */
+/* exception, request_id and trace_id may be NULL. The message is cut at 4,000 bytes, the exception at
+ * 16,000. */
 void log_write(enum log_level level, const char *file, int line, const char *function,
-               const char *request_id, const char *exception, const char *format, ...)
-    PRINTF_LIKE(7, 8);
+               const char *request_id, const char *trace_id, const char *exception,
+               const char *format, ...) PRINTF_LIKE(8, 9);
 
 /* The entry that log_write would give to the sink, whatever the level: for sinks that have something
  * to say themselves. The caller's, to free(). NULL without memory. */
@@ -49,8 +51,11 @@ struct log_entry *log_entry_new(enum log_level level, const char *file, int line
                                 const char *function, const char *request_id, const char *exception,
                                 const char *format, ...) PRINTF_LIKE(7, 8);
 
+#define LOG_TRACED(level, request_id, trace_id, exception, ...)                             \
+    log_write((level), __FILE__, __LINE__, __func__, (request_id), (trace_id), (exception), \
+              __VA_ARGS__)
 #define LOG_AT(level, request_id, exception, ...) \
-    log_write((level), __FILE__, __LINE__, __func__, (request_id), (exception), __VA_ARGS__)
+    LOG_TRACED((level), (request_id), NULL, (exception), __VA_ARGS__)
 #define log_debug(request_id, ...) LOG_AT(LOG_DEBUG, request_id, NULL, __VA_ARGS__)
 #define log_info(request_id, ...) LOG_AT(LOG_INFO, request_id, NULL, __VA_ARGS__)
 #define log_warning(request_id, exception, ...) \

@@ -9,6 +9,7 @@
 #include "buf.h"
 #include "clock.h"
 #include "err.h"
+#include "trace.h"
 
 /* Strings are never NULL but where said; what the web server did not say is empty. */
 struct request {
@@ -25,6 +26,7 @@ struct request {
     const char *peer;            /* REMOTE_ADDR */
     char *authorization;         /* wiped once it was looked at */
     const char *idempotency_key; /* NULL: the header was not sent */
+    struct trace trace;          /* that it belongs to */
     int64_t accepted_ms;         /* monotonic */
     /* Reads the body's next bytes; fewer than size only where it ends. */
     size_t (*read)(void *io, void *into, size_t size);
@@ -51,6 +53,12 @@ void response_reset(struct response *response);
  * retry_after_s 0: the code's own. spent: were tokens used, or may they have been? */
 void response_problem(struct response *response, const struct request *request, enum err_code code,
                       const char *detail, int retry_after_s, bool spent);
+
+/* The trace-id of the request's trace; NULL: it belongs to none. */
+const char *request_trace_id(const struct request *request);
+/* Under which numbers others know the request, for log messages: "proxy_request_id=…", and, of a trace,
+ * "trace_id=…". The arena's. */
+const char *request_other_ids(struct request *request) __attribute__((returns_nonnull));
 
 /* Reads what is left of the body and forgets it: a web server that still sends would take an early
  * answer for a broken connection. */

@@ -165,6 +165,7 @@ struct store_settlement {
     const char *branch;
     const char *requested_by;
     const char *client_key_id; /* NULL: none */
+    const char *trace_id;      /* NULL: none */
     const char *token_source;  /* "store" or "fallback" */
     const char *model;         /* as Gemini named it; NULL: unknown */
     struct usage usage;

@@ -27,6 +27,7 @@ struct tokens {
     const char *request_id, *branch, *user;
     const char *client_key_id;   /* NULL: none */
     const char *idempotency_key; /* NULL: none */
+    const char *trace_id;        /* NULL: none */
     const char *company;         /* as the client wrote it, then as the store does */
     int64_t estimate;
     int64_t deadline_ms;
@@ -46,8 +47,8 @@ enum token_result {
 /* What the store needs to know of the request; all borrowed for the life of tokens. */
 void tokens_init(struct tokens *tokens, struct app *app, struct arena *arena,
                  const char *request_id, const char *company, const char *branch, const char *user,
-                 const char *client_key_id, const char *idempotency_key, int64_t estimate,
-                 int64_t deadline_ms);
+                 const char *client_key_id, const char *idempotency_key, const char *trace_id,
+                 int64_t estimate, int64_t deadline_ms);
 /* Wipes the key. */
 void tokens_reset(struct tokens *tokens);
 

@@ -9,7 +9,7 @@
 -- it creates what is missing, replaces views, procedures and the trigger, and leaves every row as it
 -- is. Over the five plain tables of the system before this one it is the upgrade: what it found there,
 -- and what it did about it, is printed and stays in dbo.AuditLog (README.md, "Replacing the Python
--- service"). When all is well, the last that it prints is "schema version 4 is complete".
+-- service"). When all is well, the last that it prints is "schema version 5 is complete".
 --
 -- It comes in numbered steps, and each wants the one before done: a tool that goes on after an error
 -- (SSMS, tsql, sqlcmd without -b) gets no further, and the version is noted by the last step only.
@@ -25,7 +25,7 @@
 -- table of a few rows SQL Server would rather scan, and a scan asks for the locks of everybody.
 -- TR_TokenMaster_TotalTokenLimit alone goes the other way, and says why that is safe.
 --
--- Every view, procedure and trigger says "(schema 4)" in its first line: with a new version of this
+-- Every view, procedure and trigger says "(schema 5)" in its first line: with a new version of this
 -- script all of them change, and the last step looks for it.
 --
 -- The SETs are needed: tables with filtered indexes take no change from a session without them
@@ -491,7 +491,8 @@ IF OBJECT_ID(N'dbo.TokenMaster', N'U') IS NULL
 -- Never more than one: RequestID and TokenID are unique together, a NULL TokenID (the fallback key)
 -- counting as one value. CachedTokens are part of InputTokens, ThoughtsTokens of TotalTokensUsed.
 -- TokenSource: 'store' or 'fallback'. UnknownCalls: calls that may have been billed besides.
--- Rows without a RequestID are those of the system before this one.
+-- TraceID: of the trace (W3C traceparent) that the client named. Rows without a RequestID are those of
+-- the system before this one.
 IF OBJECT_ID(N'dbo.TokenUsageLogs', N'U') IS NULL
     CREATE TABLE dbo.TokenUsageLogs (
         UsageID              BIGINT IDENTITY(1, 1) NOT NULL,
@@ -515,6 +516,7 @@ IF OBJECT_ID(N'dbo.TokenUsageLogs', N'U') IS NULL
         UnknownCalls         BIGINT NOT NULL CONSTRAINT DF_TokenUsageLogs_UnknownCalls DEFAULT (0),
         Model                NVARCHAR(256) NULL,
         DurationMs           BIGINT NULL,
+        TraceID              NVARCHAR(32) NULL,
         CONSTRAINT PK_TokenUsageLogs PRIMARY KEY CLUSTERED (UsageID)
     )
 
@@ -537,7 +539,7 @@ IF OBJECT_ID(N'dbo.TokenUsageSummary', N'U') IS NULL
 
 -- What the programs logged. No API key, invoice content or file name is ever in it. LogLevel: DEBUG,
 -- INFO, WARNING, ERROR, CRITICAL. Logger: the module. Module: the source file. Exception: the whole
--- chain of causes.
+-- chain of causes. TraceID: in the entry that ends a request, where its client named a trace.
 IF OBJECT_ID(N'dbo.ApplicationLogs', N'U') IS NULL
     CREATE TABLE dbo.ApplicationLogs (
         LogID        BIGINT IDENTITY(1, 1) NOT NULL,
@@ -551,6 +553,7 @@ IF OBJECT_ID(N'dbo.ApplicationLogs', N'U') IS NULL
         LineNumber   BIGINT NULL,
         RequestID    NVARCHAR(64) NULL,
         Host         NVARCHAR(256) NULL,
+        TraceID      NVARCHAR(32) NULL,
         CONSTRAINT PK_ApplicationLogs PRIMARY KEY CLUSTERED (LogID)
     )
 
@@ -706,6 +709,7 @@ VALUES (N'TokenMaster', N'CompanyName', N'NVARCHAR(256) NULL', NULL),
        (N'TokenUsageLogs', N'UnknownCalls', N'BIGINT NOT NULL', N'0'),
        (N'TokenUsageLogs', N'Model', N'NVARCHAR(256) NULL', NULL),
        (N'TokenUsageLogs', N'DurationMs', N'BIGINT NULL', NULL),
+       (N'TokenUsageLogs', N'TraceID', N'NVARCHAR(32) NULL', NULL),
        (N'TokenUsageSummary', N'TotalUsedTokens', N'BIGINT NOT NULL', N'0'),
        (N'TokenUsageSummary', N'TotalRemainingTokens', N'BIGINT NULL', NULL),
        (N'TokenUsageSummary', N'Threshold', N'FLOAT NOT NULL', N'0.8'),
@@ -722,6 +726,7 @@ VALUES (N'TokenMaster', N'CompanyName', N'NVARCHAR(256) NULL', NULL),
        (N'ApplicationLogs', N'LineNumber', N'BIGINT NULL', NULL),
        (N'ApplicationLogs', N'RequestID', N'NVARCHAR(64) NULL', NULL),
        (N'ApplicationLogs', N'Host', N'NVARCHAR(256) NULL', NULL),
+       (N'ApplicationLogs', N'TraceID', N'NVARCHAR(32) NULL', NULL),
        (N'RetryAttempts', N'CompanyID', N'NVARCHAR(256) COLLATE Latin1_General_CI_AS NULL', NULL),
        (N'RetryAttempts', N'Attempt', N'BIGINT NOT NULL', N'1'),
        (N'RetryAttempts', N'ErrorMessage', N'NVARCHAR(4000) NULL', NULL),
@@ -976,6 +981,9 @@ IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.Appli
 -- All that one request left: support looks here first.
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.ApplicationLogs') AND name LIKE N'IX[_]ApplicationLogs[_]RequestID%')
     CREATE INDEX IX_ApplicationLogs_RequestID ON dbo.ApplicationLogs (RequestID) WHERE RequestID IS NOT NULL
+-- From a trace to its requests. Holds only the requests of those who send a traceparent.
+IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.ApplicationLogs') AND name LIKE N'IX[_]ApplicationLogs[_]TraceID%')
+    CREATE INDEX IX_ApplicationLogs_TraceID ON dbo.ApplicationLogs (TraceID) WHERE TraceID IS NOT NULL
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.RetryAttempts') AND name LIKE N'IX[_]RetryAttempts[_]TokenID%')
     CREATE INDEX IX_RetryAttempts_TokenID ON dbo.RetryAttempts (TokenID)
 IF NOT EXISTS (SELECT 1 FROM sys.indexes WHERE object_id = OBJECT_ID(N'dbo.RetryAttempts') AND name LIKE N'IX[_]RetryAttempts[_]CompanyID%')
@@ -999,7 +1007,7 @@ GO
 -- Each token with its limit and use; of the key only its end.
 DROP VIEW IF EXISTS dbo.vw_TokenStatus
 GO
-CREATE VIEW dbo.vw_TokenStatus AS -- (schema 4)
+CREATE VIEW dbo.vw_TokenStatus AS -- (schema 5)
 SELECT t.TokenID,
        t.CompanyID,
        t.CompanyName,
@@ -1025,7 +1033,7 @@ GO
 -- What each company used with each token since the beginning, rolled-up months included.
 DROP VIEW IF EXISTS dbo.vw_UsageSummary
 GO
-CREATE VIEW dbo.vw_UsageSummary AS -- (schema 4)
+CREATE VIEW dbo.vw_UsageSummary AS -- (schema 5)
 SELECT ISNULL(u.CompanyID, t.CompanyID) AS CompanyID,
        u.TokenID,
        SUM(u.RequestCount) AS RequestCount,
@@ -1050,9 +1058,9 @@ GO
 -- Errors of the last seven days. Newest first: ORDER BY LogID DESC.
 DROP VIEW IF EXISTS dbo.vw_RecentErrors
 GO
-CREATE VIEW dbo.vw_RecentErrors AS -- (schema 4)
+CREATE VIEW dbo.vw_RecentErrors AS -- (schema 5)
 SELECT LogID, Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber,
-       RequestID, Host
+       RequestID, Host, TraceID
 FROM dbo.ApplicationLogs
 WHERE LogLevel IN (N'ERROR', N'CRITICAL')
   AND Timestamp >= DATEADD(DAY, -7, SYSUTCDATETIME())
@@ -1061,7 +1069,7 @@ GO
 -- Failed calls of requests that never got an answer from Gemini (they have no usage row).
 DROP VIEW IF EXISTS dbo.vw_FailedRetries
 GO
-CREATE VIEW dbo.vw_FailedRetries AS -- (schema 4)
+CREATE VIEW dbo.vw_FailedRetries AS -- (schema 5)
 SELECT r.RetryID, r.TokenID, r.CompanyID, r.Attempt, r.ErrorMessage, r.IsRetryable, r.Timestamp,
        r.RequestID, r.StatusCode, r.DelayMs
 FROM dbo.RetryAttempts r
@@ -1071,7 +1079,7 @@ GO
 -- Requests that may have been billed without a usage row, for a DBA to reconcile with Google's bill.
 DROP VIEW IF EXISTS dbo.vw_UnsettledRequests
 GO
-CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 4)
+CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 5)
 SELECT r.ReservationID, r.RequestID, r.Sequence, r.TokenID, r.CompanyID, r.Branch, r.RequestedBy,
        r.EstimatedTokens, r.State, r.UnknownCalls, r.TokenSource, r.Host, r.ProcessID, r.CreatedAt,
        r.ExpiresAt
@@ -1092,7 +1100,7 @@ GO
 -- RECURSIVE_TRIGGERS, and then finds that the limit is not touched.
 DROP TRIGGER IF EXISTS dbo.TR_TokenMaster_TotalTokenLimit
 GO
-CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 4)
+CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 5)
 AFTER UPDATE
 AS
 BEGIN
@@ -1148,7 +1156,7 @@ END
 GO
 
 -- Which schema is this? Where the procedure is missing, there is none.
-ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 4)
+ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 5)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1158,7 +1166,7 @@ END
 GO
 
 -- Is the store there? One row of a table, so that a database that is merely recovering says no.
-ALTER PROCEDURE dbo.usp_Ping -- (schema 4)
+ALTER PROCEDURE dbo.usp_Ping -- (schema 5)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1169,7 +1177,7 @@ GO
 
 -- For the procedures below: makes a token's row of TokenUsageSummary where it is missing, from what
 -- the other tables say. Whoever comes second gets a duplicate key, and the caller starts again.
-ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 4)
+ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 5)
     @TokenID BIGINT
 AS
 BEGIN
@@ -1196,7 +1204,7 @@ GO
 -- For the procedures below: what a failed call, or a limit, does to a token. @Status NULL: it cools
 -- down, and a cooldown is never shortened; else it gets that status, if it is still Active: whoever
 -- comes second changes nothing, and what took a token its status stays readable.
-ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 4)
+ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 5)
     @TokenID    BIGINT,
     @Status     NVARCHAR(20),
     @CooldownMs BIGINT,
@@ -1237,7 +1245,7 @@ GO
 -- For the procedures below: an API key without what clings to one that was pasted (line ends, spaces,
 -- control characters, at both ends). @Usable NULL: what is left is not 1 to 1024 visible ASCII
 -- characters, and could not be sent.
-ALTER PROCEDURE dbo.usp_UsableKey -- (schema 4)
+ALTER PROCEDURE dbo.usp_UsableKey -- (schema 5)
     @ApiKey NVARCHAR(4000),
     @Usable NVARCHAR(1024) OUTPUT
 AS
@@ -1264,7 +1272,7 @@ GO
 -- TokenID, takes its reservation only if there is still room. Where one has none left, all is taken
 -- back and done again with the Summary rows of every token in question locked first, in the same
 -- order; then what was read holds.
-ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 4)
+ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 5)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -1797,7 +1805,7 @@ GO
 -- has not come yet, a row in its place makes it reserve nothing when it does.
 -- idempotency 1: nothing was spent, the request's idempotency key may come again; 2: it is done.
 -- Since the token's Summary row is locked first, nobody else settles or releases the same meanwhile.
-ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 4)
+ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 5)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -1812,6 +1820,7 @@ BEGIN
         Branch               NVARCHAR(4000) NULL,
         RequestedBy          NVARCHAR(4000) NULL,
         ClientKeyID          NVARCHAR(4000) NULL,
+        TraceID              NVARCHAR(4000) NULL,
         TokenSource          NVARCHAR(4000) NULL,
         Model                NVARCHAR(4000) NULL,
         InputTokens          BIGINT NULL,
@@ -1858,11 +1867,11 @@ BEGIN
     DECLARE @pending INT, @last BIGINT, @open BIGINT, @known INT, @sequence INT, @release INT
     DECLARE @time NVARCHAR(100) = N'[12][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]%'
 
-    INSERT INTO @item (i, RequestID, TokenID, CompanyID, Branch, RequestedBy, ClientKeyID, TokenSource, Model, InputTokens, OutputTokens,
+    INSERT INTO @item (i, RequestID, TokenID, CompanyID, Branch, RequestedBy, ClientKeyID, TraceID, TokenSource, Model, InputTokens, OutputTokens,
                        TextPromptTokens, ImagePromptTokens, TextCandidatesTokens, ThoughtsTokens, CachedTokens, TotalTokens, RequestCount,
                        UnknownCalls, DurationMs, LoggedText, LoggedAt, Fault, CooldownMs, Reason, Idempotency, ReleaseSequence, Host,
                        ProcessID)
-    SELECT j.i, j.requestId, ISNULL(j.tokenId, 0), j.companyId, j.branch, j.requestedBy, j.clientKeyId, j.tokenSource, j.model,
+    SELECT j.i, j.requestId, ISNULL(j.tokenId, 0), j.companyId, j.branch, j.requestedBy, j.clientKeyId, j.traceId, j.tokenSource, j.model,
            j.inputTokens, j.outputTokens, j.textPromptTokens, j.imagePromptTokens, j.textCandidatesTokens, j.thoughtsTokens,
            j.cachedTokens, j.totalTokens, j.requestCount, ISNULL(j.unknownCalls, 0), j.durationMs, j.loggedAt,
            CASE WHEN j.loggedAt LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.loggedAt, 23), 126) END, ISNULL(j.fault, N'none'), ISNULL(j.cooldownMs, 0), j.reason,
@@ -1870,7 +1879,7 @@ BEGIN
     FROM OPENJSON(@Items) WITH (
         i INT, requestId NVARCHAR(4000) '$.requestId', tokenId BIGINT '$.tokenId', companyId NVARCHAR(4000) '$.companyId',
         branch NVARCHAR(4000), requestedBy NVARCHAR(4000) '$.requestedBy', clientKeyId NVARCHAR(4000) '$.clientKeyId',
-        tokenSource NVARCHAR(4000) '$.tokenSource', model NVARCHAR(4000), inputTokens BIGINT '$.inputTokens',
+        traceId NVARCHAR(4000) '$.traceId', tokenSource NVARCHAR(4000) '$.tokenSource', model NVARCHAR(4000), inputTokens BIGINT '$.inputTokens',
         outputTokens BIGINT '$.outputTokens', textPromptTokens BIGINT '$.textPromptTokens',
         imagePromptTokens BIGINT '$.imagePromptTokens', textCandidatesTokens BIGINT '$.textCandidatesTokens',
         thoughtsTokens BIGINT '$.thoughtsTokens', cachedTokens BIGINT '$.cachedTokens', totalTokens BIGINT '$.totalTokens',
@@ -1888,6 +1897,7 @@ BEGIN
             WHEN ISNULL(LEN(Branch + N'.'), 0) > 257 OR ISNULL(LEN(RequestedBy + N'.'), 0) > 257
                 THEN N'branch and requested_by must have at most 256 bytes'
             WHEN ISNULL(LEN(ClientKeyID + N'.'), 0) > 65 THEN N'client_key_id must have at most 64 bytes'
+            WHEN LEN(TraceID + N'.') NOT BETWEEN 2 AND 33 THEN N'trace_id must have 1 to 32 bytes'
             WHEN ISNULL(TokenSource, N'') NOT IN (N'store', N'fallback') THEN N'token_source must be store or fallback'
             WHEN ISNULL(InputTokens, -1) NOT BETWEEN 0 AND 1000000000000000 OR ISNULL(OutputTokens, -1) NOT BETWEEN 0 AND 1000000000000000
                  OR ISNULL(TextPromptTokens, -1) NOT BETWEEN 0 AND 1000000000000000
@@ -2036,10 +2046,10 @@ BEGIN
                     INSERT INTO dbo.TokenUsageLogs (TokenID, Branch, RequestedBy, InputTokens, OutputTokens, TextPromptTokens,
                                                     ImagePromptTokens, TextCandidatesTokens, TotalTokensUsed, RequestCount, LoggedAt, RequestID,
                                                     CompanyID, ClientKeyID, TokenSource, ThoughtsTokens, CachedTokens, UnknownCalls, Model,
-                                                    DurationMs)
+                                                    DurationMs, TraceID)
                     SELECT NULLIF(TokenID, 0), Branch, RequestedBy, InputTokens, OutputTokens, TextPromptTokens, ImagePromptTokens,
                            TextCandidatesTokens, TotalTokens, RequestCount, ISNULL(LoggedAt, @now), RequestID, @stored, ClientKeyID,
-                           TokenSource, ThoughtsTokens, CachedTokens, UnknownCalls, LEFT(Model, 256), DurationMs
+                           TokenSource, ThoughtsTokens, CachedTokens, UnknownCalls, LEFT(Model, 256), DurationMs, TraceID
                     FROM @item
                     WHERE i = @i
                     IF @pending > 0
@@ -2204,7 +2214,7 @@ GO
 -- Writes log entries and failed calls (two JSON arrays), all in one transaction. A text too long for
 -- its column is cut: a log entry is never refused. @Again 1: an earlier call with them may have
 -- succeeded; those that are there are not kept twice.
-ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 4)
+ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 5)
     @Entries  NVARCHAR(MAX),
     @Attempts NVARCHAR(MAX),
     @Again    INT = 0
@@ -2242,15 +2252,16 @@ BEGIN
                         AND x.Attempt = ISNULL(j.attempt, 1))
     END
     BEGIN TRANSACTION
-    INSERT INTO dbo.ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber, RequestID, Host)
+    INSERT INTO dbo.ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber, RequestID, Host, TraceID)
     SELECT ISNULL(CASE WHEN j.t LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126) END, SYSUTCDATETIME()), ISNULL(LEFT(j.level, 20), N'INFO'), LEFT(j.logger, 256),
            (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'message'),
            (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'exception'),
-           LEFT(j.module, 256), LEFT(j.func, 256), j.line, LEFT(j.requestId, 64), LEFT(j.host, 256)
+           LEFT(j.module, 256), LEFT(j.func, 256), j.line, LEFT(j.requestId, 64), LEFT(j.host, 256), LEFT(j.traceId, 32)
     FROM OPENJSON(ISNULL(@Entries, N'[]')) a
     CROSS APPLY OPENJSON(a.value) WITH (
         t NVARCHAR(4000) '$.timestamp', level NVARCHAR(4000), logger NVARCHAR(4000), module NVARCHAR(4000),
-        func NVARCHAR(4000) '$.function', line BIGINT, requestId NVARCHAR(4000) '$.requestId', host NVARCHAR(4000)) j
+        func NVARCHAR(4000) '$.function', line BIGINT, requestId NVARCHAR(4000) '$.requestId', host NVARCHAR(4000),
+        traceId NVARCHAR(4000) '$.traceId') j
     WHERE NOT EXISTS (SELECT 1 FROM @there x WHERE x.n = CAST(a.[key] AS INT))
     ORDER BY CAST(a.[key] AS INT)
     INSERT INTO dbo.RetryAttempts (TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable, Timestamp, RequestID, StatusCode, DelayMs)
@@ -2271,7 +2282,7 @@ GO
 -- Reservations past their time (their process died) become unsettled, with an unknown call. Called
 -- about once a minute, by any process; each token is a transaction of its own. Their requests'
 -- idempotency keys count as done; keys older than 24 hours go.
-ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 4)
+ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 5)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -2346,7 +2357,7 @@ GO
 
 -- For the procedures below: what is wrong with a text, NULL where nothing is; the phrase completes a
 -- sentence that begins with its name.
-ALTER PROCEDURE dbo.usp_TextFault -- (schema 4)
+ALTER PROCEDURE dbo.usp_TextFault -- (schema 5)
     @Text  NVARCHAR(4000),
     @Fault NVARCHAR(100) OUTPUT
 AS
@@ -2366,7 +2377,7 @@ GO
 -- A new token. @TotalTokenLimit NULL: no limit. @Threshold: the share of the limit at which one
 -- warning is logged; NULL or 0: 0.8. @Pending 1: it has no key yet and is Disabled; usp_ActivateToken, in
 -- the same transaction, brings the key, which may have been sealed for this TokenID.
-ALTER PROCEDURE dbo.usp_AddToken -- (schema 4)
+ALTER PROCEDURE dbo.usp_AddToken -- (schema 5)
     @Actor           NVARCHAR(4000),
     @CompanyID       NVARCHAR(4000),
     @CompanyName     NVARCHAR(4000) = NULL,
@@ -2423,7 +2434,7 @@ END
 GO
 
 -- The key of a token that usp_AddToken has added without one; it is Active from now on.
-ALTER PROCEDURE dbo.usp_ActivateToken -- (schema 4)
+ALTER PROCEDURE dbo.usp_ActivateToken -- (schema 5)
     @TokenID BIGINT,
     @ApiKey  NVARCHAR(4000)
 AS
@@ -2453,7 +2464,7 @@ END
 GO
 
 -- A token's status, by hand: Active, Expired, Exceeded or Disabled. Active ends a cooldown.
-ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 4)
+ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 5)
     @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
     @Status  NVARCHAR(4000),
@@ -2502,7 +2513,7 @@ END
 GO
 
 -- Another key for a token: the old one serves no request that begins after this.
-ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 4)
+ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 5)
     @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
     @ApiKey  NVARCHAR(4000)
@@ -2543,7 +2554,7 @@ GO
 
 -- The API keys as they are, plain or sealed, of up to @Rows tokens after that one; those that are longer
 -- than any key are left out. For extractctl, which seals them.
-ALTER PROCEDURE dbo.usp_ListTokenKeys -- (schema 4)
+ALTER PROCEDURE dbo.usp_ListTokenKeys -- (schema 5)
     @AfterID BIGINT,
     @Rows    INT
 AS
@@ -2558,7 +2569,7 @@ END
 GO
 
 -- The same key in another form, sealed or sealed anew: only from what usp_ListTokenKeys said of it.
-ALTER PROCEDURE dbo.usp_ResealToken -- (schema 4)
+ALTER PROCEDURE dbo.usp_ResealToken -- (schema 5)
     @Actor    NVARCHAR(4000),
     @TokenID  BIGINT,
     @ApiKey   NVARCHAR(4000),
@@ -2604,7 +2615,7 @@ GO
 
 -- A token's limit (NULL: none) and threshold (NULL or 0: unchanged). The sums follow; an Exceeded
 -- token with room again becomes Active, an Active one without becomes Exceeded.
-ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 4)
+ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 5)
     @Actor           NVARCHAR(4000),
     @TokenID         BIGINT,
     @TotalTokenLimit BIGINT,
@@ -2671,7 +2682,7 @@ GO
 
 -- Whose client key has this hash (SHA-256, 64 hexadecimal digits)? No row: unknown, or revoked.
 -- CompanyID NULL: an administrator's.
-ALTER PROCEDURE dbo.usp_FindClientKey -- (schema 4)
+ALTER PROCEDURE dbo.usp_FindClientKey -- (schema 5)
     @KeyHash NVARCHAR(64)
 AS
 BEGIN
@@ -2685,7 +2696,7 @@ GO
 
 -- A new client key: its ID (up to 32 hexadecimal digits) and hash; the key itself comes nowhere near the
 -- database. @CompanyID NULL: an administrator's.
-ALTER PROCEDURE dbo.usp_AddClientKey -- (schema 4)
+ALTER PROCEDURE dbo.usp_AddClientKey -- (schema 5)
     @Actor       NVARCHAR(4000),
     @ClientKeyID NVARCHAR(4000),
     @KeyHash     NVARCHAR(4000),
@@ -2737,7 +2748,7 @@ END
 GO
 
 -- Ends a client key: no request that begins after this is let in by it. One that is revoked stays as it is.
-ALTER PROCEDURE dbo.usp_RevokeClientKey -- (schema 4)
+ALTER PROCEDURE dbo.usp_RevokeClientKey -- (schema 5)
     @Actor       NVARCHAR(4000),
     @ClientKeyID NVARCHAR(4000)
 AS
@@ -2779,7 +2790,7 @@ GO
 -- 2026-11-22T12:13:21.123Z), IDs below @BeforeID (the next page), at most @Rows rows. Times come out
 -- as text in that form, newest rows first. RECOMPILE: one plan for all filters would be a bad one.
 -- vw_TokenStatus.
-ALTER PROCEDURE dbo.usp_ListTokens -- (schema 4)
+ALTER PROCEDURE dbo.usp_ListTokens -- (schema 5)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2822,7 +2833,7 @@ GO
 
 -- What was used, by @By: day, company, branch, user or token. Rolled-up months are not in it (vw_UsageSummary).
 -- North and north are two branches, whatever this database's collation; a company is one in any case.
-ALTER PROCEDURE dbo.usp_UsageReport -- (schema 4)
+ALTER PROCEDURE dbo.usp_UsageReport -- (schema 5)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2971,7 +2982,7 @@ END
 GO
 
 -- ApplicationLogs. An entry has no company but that of its request. @ErrorsOnly 1: ERROR and CRITICAL.
-ALTER PROCEDURE dbo.usp_ListLogs -- (schema 4)
+ALTER PROCEDURE dbo.usp_ListLogs -- (schema 5)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2996,7 +3007,8 @@ BEGIN
            FunctionName,
            LineNumber,
            RequestID,
-           Host
+           Host,
+           TraceID
     FROM dbo.ApplicationLogs
     WHERE (@ErrorsOnly = 0 OR LogLevel IN (N'ERROR', N'CRITICAL'))
       AND (@CompanyID IS NULL OR RequestID IN (SELECT r.RequestID FROM dbo.TokenReservations r WHERE UPPER(r.CompanyID) = UPPER(@CompanyID)))
@@ -3010,7 +3022,7 @@ END
 GO
 
 -- RetryAttempts.
-ALTER PROCEDURE dbo.usp_ListRetries -- (schema 4)
+ALTER PROCEDURE dbo.usp_ListRetries -- (schema 5)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3046,7 +3058,7 @@ END
 GO
 
 -- Reservations that are open or unsettled. @UnsettledOnly 1: vw_UnsettledRequests.
-ALTER PROCEDURE dbo.usp_ListReservations -- (schema 4)
+ALTER PROCEDURE dbo.usp_ListReservations -- (schema 5)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3119,7 +3131,7 @@ GO
 -- How many tokens have which status; what they have together. What remains, remains of a limit: a token
 -- without one (Unlimited) adds nothing to it. OverThreshold counts also what is used up. Cooling: not to be
 -- used at this moment.
-ALTER PROCEDURE dbo.usp_CountTokens -- (schema 4)
+ALTER PROCEDURE dbo.usp_CountTokens -- (schema 5)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3150,7 +3162,7 @@ END
 GO
 
 -- AuditLog.
-ALTER PROCEDURE dbo.usp_ListAudit -- (schema 4)
+ALTER PROCEDURE dbo.usp_ListAudit -- (schema 5)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3185,7 +3197,7 @@ END
 GO
 
 -- ClientKeys, but for the hashes.
-ALTER PROCEDURE dbo.usp_ListClientKeys -- (schema 4)
+ALTER PROCEDURE dbo.usp_ListClientKeys -- (schema 5)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3296,7 +3308,7 @@ FROM (VALUES (N'vw_TokenStatus'), (N'vw_UsageSummary'), (N'vw_RecentErrors'), (N
              (N'usp_CountTokens'), (N'usp_ListAudit'), (N'usp_ActivateToken'), (N'usp_ListTokenKeys'), (N'usp_ResealToken'),
              (N'usp_FindClientKey'), (N'usp_AddClientKey'), (N'usp_RevokeClientKey'), (N'usp_ListClientKeys')) AS v (name)
 WHERE NOT EXISTS (SELECT 1 FROM sys.sql_modules m
-                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 4)%')
+                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 5)%')
 IF @missing <> N''
 BEGIN
     SET @missing = N'extract-fcgi: the setup is not complete, and no version was noted. These are missing, or older:' + @missing;
@@ -3312,12 +3324,12 @@ IF OBJECT_ID(N'dbo.SchemaVersion', N'U') IS NULL
         CONSTRAINT CK_SchemaVersion_OneRow CHECK (SchemaVersionID = 1)
     )
 UPDATE dbo.SchemaVersion
-SET Version = 4, Major = 1, AppliedAt = SYSUTCDATETIME()
-WHERE SchemaVersionID = 1 AND Version < 4
+SET Version = 5, Major = 1, AppliedAt = SYSUTCDATETIME()
+WHERE SchemaVersionID = 1 AND Version < 5
 IF NOT EXISTS (SELECT 1 FROM dbo.SchemaVersion WHERE SchemaVersionID = 1)
-    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 4, 1)
+    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 5, 1)
 COMMIT TRANSACTION
-PRINT N'extract-fcgi: schema version 4 is complete'
+PRINT N'extract-fcgi: schema version 5 is complete'
 GO
 SET NOEXEC OFF
 GO

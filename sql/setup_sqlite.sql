@@ -2,7 +2,9 @@
 --
 -- extract-fcgi and extractctl run this text themselves (it is compiled in), in one transaction, when
 -- the database is missing or older. Every statement may be run again and then changes nothing that
--- is there: by hand, `sqlite3 store.db < setup_sqlite.sql`.
+-- is there: by hand, `sqlite3 store.db < setup_sqlite.sql`. An older database is theirs to upgrade
+-- (`extractctl migrate`): they first add the columns that its tables lack, which SQLite's SQL cannot
+-- do twice.
 --
 -- All times are UTC, ISO 8601 with milliseconds: 2026-11-22T12:13:21.123Z. Rows written by hand may
 -- also say 2026-11-22 12:13:21. CompanyID, Status and Provider compare without regard to case.
@@ -65,7 +67,8 @@ CREATE TABLE IF NOT EXISTS TokenUsageLogs (
     CachedTokens         INTEGER NOT NULL DEFAULT 0,
     UnknownCalls         INTEGER NOT NULL DEFAULT 0, -- calls that may have been billed besides
     Model                TEXT,
-    DurationMs           INTEGER
+    DurationMs           INTEGER,
+    TraceID              TEXT -- of the trace (W3C traceparent) that the client named; NULL: none
 );
 CREATE INDEX IF NOT EXISTS IX_TokenUsageLogs_TokenID ON TokenUsageLogs (TokenID);
 CREATE INDEX IF NOT EXISTS IX_TokenUsageLogs_LoggedAt ON TokenUsageLogs (LoggedAt);
@@ -182,7 +185,8 @@ CREATE TABLE IF NOT EXISTS ApplicationLogs (
     FunctionName TEXT,
     LineNumber   INTEGER,
     RequestID    TEXT,
-    Host         TEXT
+    Host         TEXT,
+    TraceID      TEXT           -- in the entry that ends a request, where its client named a trace
 );
 CREATE INDEX IF NOT EXISTS IX_ApplicationLogs_Timestamp ON ApplicationLogs (Timestamp);
 CREATE INDEX IF NOT EXISTS IX_ApplicationLogs_LogLevel ON ApplicationLogs (LogLevel);
@@ -191,6 +195,10 @@ CREATE INDEX IF NOT EXISTS IX_ApplicationLogs_Logger ON ApplicationLogs (Logger)
 CREATE INDEX IF NOT EXISTS IX_ApplicationLogs_RequestID
     ON ApplicationLogs (RequestID)
     WHERE RequestID IS NOT NULL;
+-- From a trace to its requests. Holds only the requests of those who send a traceparent.
+CREATE INDEX IF NOT EXISTS IX_ApplicationLogs_TraceID
+    ON ApplicationLogs (TraceID)
+    WHERE TraceID IS NOT NULL;
 
 -- Each call to Gemini that failed. TokenID is no foreign key: the record outlives the token.
 CREATE TABLE IF NOT EXISTS RetryAttempts (
@@ -302,7 +310,7 @@ GROUP BY IFNULL(u.CompanyID, t.CompanyID) COLLATE NOCASE, u.TokenID;
 DROP VIEW IF EXISTS vw_RecentErrors;
 CREATE VIEW vw_RecentErrors AS
 SELECT LogID, Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber,
-       RequestID, Host
+       RequestID, Host, TraceID
 FROM ApplicationLogs
 WHERE LogLevel IN ('ERROR', 'CRITICAL')
   AND Timestamp >= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-7 days')
@@ -328,9 +336,11 @@ WHERE r.State = 'unsettled'
   AND r.ClosedAt IS NULL
 ORDER BY r.ReservationID DESC;
 
--- Never takes a newer version down.
+-- Never takes a newer version down, and says nothing of a database whose tables lack a column yet.
 INSERT INTO SchemaVersion (SchemaVersionID, Version, Major)
-VALUES (1, 3, 1)
+SELECT 1, 4, 1
+WHERE EXISTS (SELECT 1 FROM pragma_table_info('TokenUsageLogs') WHERE name = 'TraceID')
+  AND EXISTS (SELECT 1 FROM pragma_table_info('ApplicationLogs') WHERE name = 'TraceID')
 ON CONFLICT (SchemaVersionID) DO UPDATE
     SET Version = excluded.Version,
         Major = excluded.Major,

@@ -36,7 +36,7 @@ COLUMNS = {
     "usage/user": ["CompanyID", "RequestedBy", *SUMS],
     "usage/token": ["CompanyID", "TokenID", "TokenSource", *SUMS],
     "errors": ["LogID", "Timestamp", "LogLevel", "Logger", "Message", "Exception", "Module", "FunctionName", "LineNumber",
-               "RequestID", "Host"],
+               "RequestID", "Host", "TraceID"],
     "retries": ["RetryID", "TokenID", "CompanyID", "Attempt", "ErrorMessage", "IsRetryable", "Timestamp", "RequestID",
                 "StatusCode", "DelayMs"],
     "unsettled": ["ReservationID", "RequestID", "Sequence", "TokenID", "CompanyID", "Branch", "RequestedBy",

@@ -374,9 +374,9 @@ def test_request_is_sent_once(front: Front) -> None:
 
 @BOTH
 def test_parameters(front: Front, http: int) -> None:
-    """What passes on to the application: of a client's headers three, and nothing that looks like them."""
+    """What passes on to the application: of a client's headers five, and nothing that looks like them."""
     curl(url(front, "/extract?a=b", http), "-d", "x", "-H", "Authorization: Bearer k", "-H", "Idempotency-Key: i",
-         "-H", "Accept: text/csv", "-H", "Proxy: evil", "-H", "Idempotency_Key: evil", "-H", "Request-Body-File: evil", "-H", "Cookie: evil",
+         "-H", "Accept: text/csv", "-H", "traceparent: p", "-H", "tracestate: s", "-H", "Proxy: evil", "-H", "Idempotency_Key: evil", "-H", "Request-Body-File: evil", "-H", "Cookie: evil",
          "-H", "Remote-Addr: evil", "-H", "X-Forwarded-For: 6.6.6.6", "-H", "X-Request-ID: evil", "-A", "evil")
     params = front.stand_in.seen[-1]
     assert re.fullmatch("[0-9a-f]{32}", params.pop("PROXY_REQUEST_ID")) and params.pop("REMOTE_PORT").isdigit()
@@ -385,14 +385,27 @@ def test_parameters(front: Front, http: int) -> None:
         "QUERY_STRING": "a=b", "CONTENT_TYPE": "application/x-www-form-urlencoded", "CONTENT_LENGTH": "1",
         "GATEWAY_INTERFACE": "CGI/1.1", "SERVER_PROTOCOL": "HTTP/2.0" if http == 2 else "HTTP/1.1", "SERVER_NAME": "",
         "SERVER_PORT": str(front.https_port if http == 2 else front.port), "REMOTE_ADDR": "127.0.0.1",
-        "HTTP_AUTHORIZATION": "Bearer k", "HTTP_ACCEPT": "text/csv", "HTTP_IDEMPOTENCY_KEY": "i", **({"HTTPS": "on"} if http == 2 else {})}
+        "HTTP_AUTHORIZATION": "Bearer k", "HTTP_ACCEPT": "text/csv", "HTTP_IDEMPOTENCY_KEY": "i",
+        "HTTP_TRACEPARENT": "p", "HTTP_TRACESTATE": "s", **({"HTTPS": "on"} if http == 2 else {})}
 
 
 def test_parameters_that_are_absent(front: Front) -> None:
     """An empty header is like none, and so is one with an underscore."""
     for http, key in ((1, "Idempotency-Key;"), (1, "Idempotency_Key: evil"), (2, "Idempotency_Key: evil")):
-        curl(url(front, http=http), "-d", "x", "-H", "Authorization;", "-H", "Accept;", "-H", key)
+        curl(url(front, http=http), "-d", "x", "-H", "Authorization;", "-H", "Accept;", "-H", "traceparent;", "-H", "tracestate;",
+             "-H", key)
         assert not [name for name in front.stand_in.seen[-1] if name.startswith("HTTP_")]
+
+
+@BOTH
+def test_traceparent_twice(front: Front, http: int) -> None:
+    """Two are none by the rules. nginx from 1.23 on joins them, which is none; before, the first is all there is."""
+    first, second = (f"00-{digit * 32}-00f067aa0ba902b7-01" for digit in "12")
+    curl(url(front, http=http), "-d", "x", "-H", f"traceparent: {first}", "-H", f"traceparent: {second}")
+    seen = front.stand_in.seen[-1]
+    [logged] = eventually(lambda: re.findall(rf" request_id={seen['PROXY_REQUEST_ID']} app_request_id=\S+ trace_id=(\S+) ",
+                                             (front.dir / "access.log").read_text()), "nginx has logged it")
+    assert (seen["HTTP_TRACEPARENT"], logged) in [(first, "1" * 32), (f"{first}, {second}", "-")]
 
 
 # ---- malformed requests ----
@@ -713,7 +726,7 @@ def test_log_has_both_request_ids(stack: Stack, company: str, pdf: bytes) -> Non
     assert answer.headers.get_all("X-Request-ID") == [ours]
     line = eventually(lambda: next((line for line in (stack.dir / "access.log").read_text().splitlines()
                                     if f"app_request_id={ours} " in line), None))
-    found = re.search(r'"POST /extract HTTP/1.1" 200 request_id=([0-9a-f]{32}) app_request_id=\S+ bytes_in=\d+ '
+    found = re.search(r'"POST /extract HTTP/1.1" 200 request_id=([0-9a-f]{32}) app_request_id=\S+ trace_id=- bytes_in=\d+ '
                       r'bytes_out=\d+ time=[0-9.]+ connect=[0-9.]+ header=[0-9.]+ upstream=[0-9.]+ '
                       r'upstream_status=200 ', line)
     assert found, line
@@ -817,7 +830,7 @@ def test_preflight(stack: Stack, http: int) -> None:
     assert re.fullmatch("[0-9a-f]{32}", reply["X-Request-ID"] or "")
     assert reply.cors() == {
         **CORS, "access-control-allow-methods": ["POST, OPTIONS"], "access-control-max-age": ["7200"],
-        "access-control-allow-headers": ["Authorization, Content-Type, Idempotency-Key"]}
+        "access-control-allow-headers": ["Authorization, Content-Type, Idempotency-Key, traceparent, tracestate"]}
 
 
 @pytest.mark.parametrize("origin", [DENIED, "null", "http://localhost.evil.example", "http://localhost:1/x",

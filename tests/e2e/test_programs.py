@@ -373,8 +373,8 @@ def test_migrate(tmp_path: Path) -> None:
     assert refused.returncode == 3 and "extractctl migrate" in refused.stderr
     for _ in range(2):
         done = run(CTL, "migrate", "--json", env=env)
-        assert (done.returncode, json.loads(done.stdout)) == (0, [{"SchemaVersion": 3}])
-    assert re.fullmatch(r"SchemaVersion\s*\n\s*3\s*\n", run(CTL, "migrate", env=env).stdout)
+        assert (done.returncode, json.loads(done.stdout)) == (0, [{"SchemaVersion": 4}])
+    assert re.fullmatch(r"SchemaVersion\s*\n\s*4\s*\n", run(CTL, "migrate", env=env).stdout)
     assert (tmp_path / "store.db").stat().st_mode & 0o777 == 0o600
     listed = run(CTL, "token", "list", "--json", env=env)
     assert (listed.returncode, json.loads(listed.stdout)) == (0, [])

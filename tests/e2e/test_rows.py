@@ -90,7 +90,8 @@ def test_rows_of_a_success(stack: Stack, emulator: Emulator, company: str, pdf: 
         "ImagePromptTokens": usage["image_prompt_tokens"], "TextCandidatesTokens": usage["text_candidates_tokens"],
         "TotalTokensUsed": usage["total_tokens"], "RequestCount": 1, "RequestID": request, "CompanyID": company,
         "ClientKeyID": None, "TokenSource": "store", "ThoughtsTokens": usage["thoughts_tokens"],
-        "CachedTokens": usage["cached_tokens"], "UnknownCalls": 0, "Model": "gemini-3.5-flash"}
+        "CachedTokens": usage["cached_tokens"], "UnknownCalls": 0, "Model": "gemini-3.5-flash",
+        "TraceID": None}
 
     [row] = stack.sql("SELECT * FROM TokenUsageSummary WHERE TokenID = ?", token)
     assert clock.holds(row.pop("LastUpdated"))
@@ -118,7 +119,7 @@ def test_rows_of_a_success(stack: Stack, emulator: Emulator, company: str, pdf: 
         rf"tokens={usage['total_tokens']} model=gemini-3\.5-flash ms=\d+ "
         rf"proxy_request_id={nginx_request_id(stack, answer)}", row.pop("Message"))
     assert row == {"LogLevel": "INFO", "Logger": "extract", "Exception": None, "Module": "extract.c",
-                   "FunctionName": "log_end", "RequestID": request, "Host": socket.gethostname()}
+                   "FunctionName": "log_end", "RequestID": request, "Host": socket.gethostname(), "TraceID": None}
 
     assert stack.sql("SELECT * FROM RetryAttempts WHERE RequestID = ?", request) == []
     assert stack.sql("SELECT * FROM TokenMaster WHERE TokenID = ?", token) == before

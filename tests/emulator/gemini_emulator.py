@@ -58,7 +58,7 @@ from gemini_answer import SCENARIOS, Answer, answer_for, check_step, json_answer
 from gemini_request import MAX_REQUEST_BYTES, GoogleError, Request, check_request
 
 LOGGED_HEADERS = ("host", "content-type", "content-length", "accept-encoding", "expect", "user-agent",
-                  "transfer-encoding", "x-front-connection", "x-front-protocol")
+                  "transfer-encoding", "x-front-connection", "x-front-protocol", "traceparent", "tracestate")
 MODELS = ("gemini-3.8-flash", "gemini-3.6-flash", "gemini-3.5-flash", "gemini-3.5-flash-lite", "gemini-3.1-flash-lite")
 MODEL_NAME = re.compile(r"gemini-[0-9a-z.-]+")
 KEPT_CALLS = 100_000

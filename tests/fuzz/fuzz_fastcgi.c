@@ -129,6 +129,7 @@ static enum err_code settle(void *self, struct store_settlement *const *items, s
     CHECK(s->idempotency == (counts.has_idempotency_key ? STORE_KEY_DONE : STORE_KEY_NONE));
     CHECK(counts.needs_key ? strcmp(s->client_key_id, CLIENT_ID) == 0 : s->client_key_id == NULL);
     check_names(s->company_id, s->branch, s->requested_by);
+    CHECK(s->trace_id == NULL || strspn(s->trace_id, "0123456789abcdef") == 32);
     counts.settled++;
     return items[0]->code = ERR_NONE;
 }
@@ -213,6 +214,7 @@ void __wrap_gemini_call(struct gemini_client *client, const struct gemini_call *
 
     (void)client;
     CHECK(call->file_len > 0 && strcmp(call->api_key, "key") == 0);
+    CHECK(call->trace->state == NULL || fuzz_is_utf8(call->trace->state, strlen(call->trace->state)));
     counts.called++;
     gemini_read_answer(answer, 200, NULL, body, sizeof body - 1);
 }

@@ -126,8 +126,8 @@ static void fuzz_settle(struct fuzz_input *input)
     struct err err = {.message = ""};
 
     for (size_t i = 0; i < ITEMS; i++) {
-        const char *t[7];
-        take_texts(input, t, 7);
+        const char *t[8];
+        take_texts(input, t, 8);
         int64_t token_id = fuzz_byte(input), tokens = fuzz_int64(input);
         settlements[i] =
             (struct store_settlement){.request_id = t[0],
@@ -136,6 +136,7 @@ static void fuzz_settle(struct fuzz_input *input)
                                       .branch = t[2],
                                       .requested_by = t[3],
                                       .client_key_id = t[4],
+                                      .trace_id = t[7],
                                       .token_source = token_id != 0 ? "store" : "fallback",
                                       .model = t[5],
                                       .usage = {.total_tokens = tokens},

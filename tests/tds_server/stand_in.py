@@ -205,13 +205,13 @@ SETTLE = {"i": int, "requestId": str, "tokenId": int, "companyId": str, "branch"
           "textPromptTokens": int, "imagePromptTokens": int, "textCandidatesTokens": int, "thoughtsTokens": int,
           "cachedTokens": int, "totalTokens": int, "requestCount": int, "unknownCalls": int, "durationMs": int,
           "loggedAt": str, "fault": str, "cooldownMs": int, "reason": str, "idempotency": int, "releaseSequence": int,
-          "host": str, "processId": int}
+          "host": str, "processId": int, "traceId": str}
 ENTRY = {"timestamp": str, "level": str, "logger": str, "message": str, "exception": str, "module": str,
-         "function": str, "line": int, "requestId": str, "host": str}
+         "function": str, "line": int, "requestId": str, "host": str, "traceId": str}
 ATTEMPT = {"tokenId": int, "companyId": str, "attempt": int, "errorMessage": str, "isRetryable": int,
            "timestamp": str, "requestId": str, "statusCode": int, "delayMs": int}
 NULLABLE = {"branch", "requestedBy", "clientKeyId", "model", "reason", "exception", "function", "requestId", "module",
-            "logger", "host", "loggedAt", "message", "idempotencyKey"}
+            "logger", "host", "loggedAt", "message", "idempotencyKey", "traceId"}
 
 
 def parse(text: str | None, shape: dict[str, type], what: str) -> list[dict[str, Any]]:
@@ -537,11 +537,12 @@ def insert_usage(db: Database, now: int, item: dict[str, Any], company: str) -> 
     model = item["model"] and item["model"][:256]
     db.run("INSERT INTO TokenUsageLogs (TokenID, Branch, RequestedBy, InputTokens, OutputTokens, TextPromptTokens,"
            " ImagePromptTokens, TextCandidatesTokens, ThoughtsTokens, CachedTokens, TotalTokensUsed, RequestCount,"
-           " LoggedAt, RequestID, CompanyID, ClientKeyID, TokenSource, UnknownCalls, Model, DurationMs)"
-           " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+           " LoggedAt, RequestID, CompanyID, ClientKeyID, TokenSource, UnknownCalls, Model, DurationMs, TraceID)"
+           " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
            item["tokenId"] or None, fits("Branch", item["branch"]), fits("RequestedBy", item["requestedBy"]),
            *[item[name] for name in COUNTS], item["requestCount"], item["loggedAt"] or stamp(now), item["requestId"],
-           company, item["clientKeyId"], item["tokenSource"], item["unknownCalls"], model, item["durationMs"])
+           company, item["clientKeyId"], item["tokenSource"], item["unknownCalls"], model, item["durationMs"],
+           item["traceId"])
 
 
 def settle_key(db: Database, item: dict[str, Any]) -> None:
@@ -574,6 +575,8 @@ def settle_one(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
         raise BadItem("loggedAt is no time")
     if item["idempotency"] not in (0, 1, 2) or not 0 <= item["releaseSequence"] < 2 ** 31:
         raise BadItem("idempotency or releaseSequence is out of range")
+    if item["traceId"] is not None and not 1 <= len(item["traceId"]) <= 32:
+        raise BadItem("traceId must have 1 to 32 bytes")
     settle_key(db, item)
     if item["releaseSequence"] > 0:
         release_unheard(db, now, item)
@@ -636,7 +639,7 @@ def usp_RecordLogs(db: Database, Entries: str, Attempts: str, Again: int | None)
             attempts = [a for a in attempts if not is_attempted(db, a)]
         for e in entries:
             db.run("INSERT INTO ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName,"
-                   " LineNumber, RequestID, Host) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *[e[name] for name in ENTRY])
+                   " LineNumber, RequestID, Host, TraceID) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *[e[name] for name in ENTRY])
         for a in attempts:
             db.run("INSERT INTO RetryAttempts (TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable, Timestamp,"
                    " RequestID, StatusCode, DelayMs) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -98,12 +98,88 @@ static void test_not_fastcgi(void **state)
     close(peer);
 }
 
+/* ---- a trace ---- */
+
+#define TRACE_A "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+#define TRACE_B "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+
+/* One record of parameters, each "NAME=value". */
+static size_t add_params(char *head, const char *const *params)
+{
+    size_t len = 8;
+
+    for (; *params != NULL; params++) {
+        const char *value = strchr(*params, '=') + 1;
+        size_t name_len = (size_t)(value - *params) - 1, value_len = strlen(value);
+        head[len++] = (char)name_len;
+        head[len++] = (char)value_len;
+        memcpy(head + len, *params, name_len);
+        memcpy(head + len + name_len, value, value_len);
+        len += name_len + value_len;
+    }
+    memcpy(head, "\1\4\0\1", 4);
+    head[4] = (char)((len - 8) >> 8);
+    head[5] = (char)((len - 8) & 255);
+    head[6] = head[7] = 0;
+    return len;
+}
+
+/* Whatever web server is before us: one that hands on a header twice hands on none. */
+static void test_trace(void **state)
+{
+    static const struct {
+        const char *params[5];
+        const char *id, *trace_state;
+    } cases[] = {
+        {{"REQUEST_METHOD=POST"}, "", NULL},
+        {{"HTTP_TRACEPARENT=" TRACE_A}, "4bf92f3577b34da6a3ce929d0e0e4736", NULL},
+        {{"HTTP_TRACEPARENT=" TRACE_A, "HTTP_TRACESTATE=a=1"},
+         "4bf92f3577b34da6a3ce929d0e0e4736",
+         "a=1"},
+        {{"HTTP_TRACEPARENT=" TRACE_A, "HTTP_TRACEPARENT=" TRACE_B, "HTTP_TRACESTATE=a=1"},
+         "",
+         NULL},
+        {{"HTTP_TRACEPARENT=" TRACE_A, "HTTP_TRACEPARENT=" TRACE_A}, "", NULL},
+        {{"HTTP_TRACEPARENT=" TRACE_A ", " TRACE_B}, "", NULL}, /* as nginx from 1.23 joins them */
+        {{"HTTP_TRACEPARENT=" TRACE_A, "HTTP_TRACESTATE=a=1", "HTTP_TRACESTATE=b=2"},
+         "4bf92f3577b34da6a3ce929d0e0e4736",
+         NULL},
+        {{"HTTP_TRACEPARENT=", "HTTP_TRACESTATE=a=1"}, "", NULL},
+        {{"HTTP_TRACEPARENT_X=" TRACE_B, "HTTP_TRACEPARENT=" TRACE_A},
+         "4bf92f3577b34da6a3ce929d0e0e4736",
+         NULL},
+    };
+    struct response response;
+    struct connection c;
+    char head[512];
+    (void)state;
+
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        memcpy(head, BEGIN, 16);
+        size_t len = 16 + add_params(head + 16, cases[i].params);
+        memcpy(head + len, PARAMS_END STDIN_END, 16);
+        int peer = send_head(&c, head, len + 16);
+        assert_true(connection_read_head(&c));
+        assert_string_equal(c.request.trace.id, cases[i].id);
+        const char *id = request_trace_id(&c.request);
+        assert_string_equal(id == NULL ? "" : id, cases[i].id);
+        if (cases[i].trace_state == NULL)
+            assert_null(c.request.trace.state);
+        else
+            assert_string_equal(c.request.trace.state, cases[i].trace_state);
+        response_init(&response);
+        connection_answer(&c, &response);
+        close(peer);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_whole),
         cmocka_unit_test(test_broken_off),
         cmocka_unit_test(test_not_fastcgi),
+        cmocka_unit_test(test_trace),
     };
     return cmocka_run_group_tests(tests, set_up_all, NULL);
 }

@@ -716,6 +716,7 @@ struct fixture {
     struct gemini *gemini;
     struct gemini_client *client;
     char url[64], model[16], prompt_file[64], none[1];
+    const struct trace *trace; /* of the calls; NULL: none */
 };
 
 static void set_response(struct fixture *f, const char *status_line, const char *headers,
@@ -782,7 +783,12 @@ static int tear_down(void **state)
 static void call(struct fixture *f, const char *mime_type, const unsigned char *file, size_t len,
                  int64_t timeout_ms, struct gemini_answer *answer)
 {
-    struct gemini_call c = {"the-key", mime_type, file, len, timeout_ms};
+    struct gemini_call c = {.api_key = "the-key",
+                            .mime_type = mime_type,
+                            .file = file,
+                            .file_len = len,
+                            .timeout_ms = timeout_ms,
+                            .trace = f->trace};
     gemini_answer_init(answer);
     gemini_call(f->client, &c, answer);
 }
@@ -917,6 +923,44 @@ static void test_request_head(void **state)
     assert_string_equal(header(&f->server, "Expect"), "");
     assert_string_equal(header(&f->server, "Authorization"), "");
     assert_string_equal(header(&f->server, "Transfer-Encoding"), "");
+    assert_string_equal(header(&f->server, "traceparent"), "");
+    assert_string_equal(header(&f->server, "tracestate"), "");
+}
+
+/* Each call is a span of its own in the client's trace. */
+static void test_trace(void **state)
+{
+    static const char sent[] = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    struct fixture *f = *state;
+    struct gemini_answer answer;
+    struct trace trace, again;
+    char first[TRACE_PARENT_SIZE];
+
+    assert_true(trace_read(&trace, sent, "congo=t61rcWkgMzE,rojo=00f067aa0ba902b7"));
+    f->trace = &trace;
+    call(f, "image/png", (const unsigned char *)"x", 1, 5000, &answer);
+    gemini_answer_reset(&answer);
+    snprintf(first, sizeof first, "%s", header(&f->server, "traceparent"));
+    assert_true(trace_read(&again, first, NULL));
+    assert_string_equal(again.id, trace.id);
+    assert_int_equal(again.flags, 1);
+    assert_string_not_equal(first, sent);
+    assert_string_equal(header(&f->server, "tracestate"),
+                        "congo=t61rcWkgMzE,rojo=00f067aa0ba902b7");
+
+    trace.state = NULL;
+    call(f, "image/png", (const unsigned char *)"x", 1, 5000, &answer);
+    gemini_answer_reset(&answer);
+    assert_true(trace_read(&again, header(&f->server, "traceparent"), NULL));
+    assert_string_equal(again.id, trace.id);
+    assert_string_not_equal(header(&f->server, "traceparent"), first);
+    assert_string_equal(header(&f->server, "tracestate"), "");
+
+    trace_read(&trace, NULL, NULL);
+    call(f, "image/png", (const unsigned char *)"x", 1, 5000, &answer);
+    gemini_answer_reset(&answer);
+    assert_string_equal(header(&f->server, "traceparent"), "");
+    f->trace = NULL;
 }
 
 /* Neither the proxy of the environment nor a body in the way of "Expect: 100-continue". */
@@ -1110,6 +1154,7 @@ int main(void)
         cmocka_unit_test(test_usage_add),
         WITH_SERVER(test_request_body),
         WITH_SERVER(test_request_head),
+        WITH_SERVER(test_trace),
         WITH_SERVER(test_environment),
         WITH_SERVER(test_prompt_and_limit),
         WITH_SERVER(test_statuses),

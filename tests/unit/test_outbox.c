@@ -257,6 +257,7 @@ static void check_whole_settlement(const struct store_settlement *s)
     assert_int_equal(s->fault.fault, STORE_FAULT_DISABLE);
     assert_int_equal(s->fault.cooldown_ms, 12);
     assert_string_equal(s->fault.reason, "leaked");
+    assert_string_equal(s->trace_id, "4bf92f3577b34da6a3ce929d0e0e4736");
 }
 
 static void check_whole_reservation(const struct store_acquire *a)
@@ -287,6 +288,7 @@ static void test_nothing_is_lost_on_the_way(void **state)
         .duration_ms = 11,
         .logged_ms = INT64_C(1795349601123),
         .fault = {STORE_FAULT_DISABLE, 12, "leaked"},
+        .trace_id = "4bf92f3577b34da6a3ce929d0e0e4736",
     };
     struct store_acquire a = a_reservation("r2");
     int64_t replayed = 0;
@@ -602,6 +604,31 @@ static void test_other_tokens_pass_one_that_is_stuck(void **state)
     outbox_close(outbox);
 }
 
+static void append_a_traced_log(struct outbox *outbox)
+{
+    struct log_entry entry = {.level = LOG_INFO,
+                              .logger = "extract",
+                              .message = "traced",
+                              .module = "extract.c",
+                              .function = "log_end",
+                              .trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"};
+    struct log_entry *const entries[] = {&entry};
+    struct err err = {.message = ""};
+    int64_t dropped = 0;
+
+    assert_int_equal(outbox_append_records(outbox, entries, 1, NULL, 0, &dropped, &err), ERR_NONE);
+}
+
+static void check_no_trace(const struct store_settlement *s)
+{
+    assert_null(s->trace_id);
+}
+
+static void check_log_without_trace(const struct log_entry *e)
+{
+    assert_null(e->trace_id);
+}
+
 /* What an older version has left is read. */
 static void test_members_that_came_later_may_be_missing(void **state)
 {
@@ -611,9 +638,17 @@ static void test_members_that_came_later_may_be_missing(void **state)
     taken_reset();
     struct outbox *outbox = open_outbox();
     append(outbox, "r1");
-    sql("UPDATE Outbox SET Payload = json_remove(Payload, '$.idempotency', '$.release_sequence')");
+    sql("UPDATE Outbox SET Payload = json_remove(Payload, '$.idempotency', '$.release_sequence',"
+        " '$.trace_id')");
+    append_a_traced_log(outbox);
+    sql("UPDATE OutboxRecords SET Payload = json_remove(Payload, '$.trace_id')");
+    check_settlement = check_no_trace;
+    check_log = check_log_without_trace;
     assert_int_equal(drain(outbox, &replayed), ERR_NONE);
-    assert_int_equal(replayed, 1);
+    check_settlement = NULL;
+    check_log = NULL;
+    assert_int_equal(replayed, 2);
+    assert_string_equal(taken.messages[0], "traced");
     outbox_close(outbox);
 }
 
@@ -689,6 +724,7 @@ static void check_whole_log(const struct log_entry *e)
     assert_string_equal(e->function, "gemini_call");
     assert_int_equal(e->line, 123);
     assert_string_equal(e->request_id, "r1");
+    assert_string_equal(e->trace_id, "4bf92f3577b34da6a3ce929d0e0e4736");
 }
 
 static void test_records_come_back_whole(void **state)
@@ -709,6 +745,7 @@ static void test_records_come_back_whole(void **state)
     taken_reset();
     one.exception = "the cause";
     one.request_id = "r1";
+    one.trace_id = "4bf92f3577b34da6a3ce929d0e0e4736";
     struct outbox *outbox = open_outbox();
     append(outbox, "r1");
     assert_int_equal(append_logs(outbox, &one, &two, &attempt, &dropped), ERR_NONE);

@@ -200,8 +200,8 @@ static void test_entry_is_whole(void **state)
     (void)state;
     log_set_sink(keep_entry, &last_entry);
     int64_t before_ms = clock_wall_ms();
-    log_write(LOG_ERROR, "fcgi-app/gemini.c", 123, "gemini_call", "the-id", "cause: deeper\nline",
-              "answer %d: caf\xC3\xA9 \x1B[0m \xFF\\", 7);
+    log_write(LOG_ERROR, "fcgi-app/gemini.c", 123, "gemini_call", "the-id", NULL,
+              "cause: deeper\nline", "answer %d: caf\xC3\xA9 \x1B[0m \xFF\\", 7);
     assert_non_null(last_entry);
     assert_string_equal(last_entry->logger, "gemini");
     assert_string_equal(last_entry->module, "gemini.c");
@@ -212,8 +212,15 @@ static void test_entry_is_whole(void **state)
     assert_string_equal(last_entry->message, "answer 7: caf\xC3\xA9 \\x1B[0m \\xFF\\\\");
     assert_string_equal(last_entry->exception, "cause: deeper\\nline");
     assert_in_range(last_entry->wall_ms, before_ms, clock_wall_ms());
+    assert_null(last_entry->trace_id);
+    LOG_TRACED(LOG_WARNING, "the-id", "the-trace", "cause", "message");
+    assert_string_equal(last_entry->request_id, "the-id");
+    assert_string_equal(last_entry->trace_id, "the-trace");
+    assert_string_equal(last_entry->exception, "cause");
+    assert_string_equal(last_entry->message, "message");
     log_info(NULL, "plain");
     assert_null(last_entry->request_id);
+    assert_null(last_entry->trace_id);
     assert_null(last_entry->exception);
     assert_string_equal(last_entry->logger, "test_record");
     forget_entry();
@@ -263,8 +270,9 @@ static void test_line_on_stderr(void **state)
 {
     (void)state;
     catch_stderr();
-    log_write(LOG_ERROR, "gemini.c", 123, "gemini_call", "request-id", "exception", "message");
-    log_write(LOG_INFO, "gemini.c", 124, "gemini_call", NULL, NULL, "another");
+    log_write(LOG_ERROR, "gemini.c", 123, "gemini_call", "request-id", NULL, "exception",
+              "message");
+    log_write(LOG_INFO, "gemini.c", 124, "gemini_call", NULL, NULL, NULL, "another");
     release_stderr();
     char *second = strchr(caught, '\n');
     assert_non_null(second);

@@ -211,6 +211,7 @@ static void expect_sums(void)
 #define A_DAY_MS INT64_C(86400000) /* the contract's, whatever the program says */
 #define IS_SET(column) "CASE WHEN " column " IS NULL THEN 0 ELSE 1 END"
 #define ID(n) "01900000-0000-7000-8000-00000000000" #n
+#define TRACE "4bf92f3577b34da6a3ce929d0e0e4736"
 
 /* ---- acquire: who gets a token ---- */
 
@@ -895,14 +896,14 @@ static void a_bad_settlement_fails_alone(void **state)
 {
     (void)state;
     char long_text[300];
-    struct store_settlement items[10];
-    struct store_settlement *pointers[10];
+    struct store_settlement items[12];
+    struct store_settlement *pointers[12];
     struct err err = {0};
 
     memset(long_text, 'x', sizeof long_text);
     long_text[sizeof long_text - 1] = '\0';
     int64_t id = add_token("NT047", -1);
-    for (size_t i = 0; i < 10; i++) {
+    for (size_t i = 0; i < 12; i++) {
         items[i] = a_settlement(ID(1), id, 30);
         pointers[i] = &items[i];
     }
@@ -915,13 +916,15 @@ static void a_bad_settlement_fails_alone(void **state)
     items[6].duration_ms = -1;
     items[7].usage.total_tokens = INT64_MAX;
     items[8].logged_ms = -1;
-    assert_int_equal(ERR_NONE, driver->settle(store, pointers, 10, &err));
-    for (size_t i = 0; i < 9; i++) {
+    items[9].trace_id = TRACE "0";
+    items[10].trace_id = "";
+    assert_int_equal(ERR_NONE, driver->settle(store, pointers, 12, &err));
+    for (size_t i = 0; i < 11; i++) {
         assert_int_equal(ERR_BAD_VALUE, items[i].code);
         assert_null(strstr(items[i].err.message, "xxx"));
     }
     assert_non_null(strstr(items[5].err.message, "deleted"));
-    assert_int_equal(ERR_NONE, items[9].code);
+    assert_int_equal(ERR_NONE, items[11].code);
     expect("1|30", "SELECT COUNT(*), SUM(TotalTokensUsed) FROM TokenUsageLogs");
     expect("0", "SELECT COUNT(*) FROM TokenReservations");
     expect_sums();
@@ -938,19 +941,23 @@ static void writes_every_column_of_a_usage_row(void **state)
     struct store_settlement s = a_settlement(ID(1), 1, 99);
     s.company_id = "nt047";
     s.unknown_calls = 3;
+    s.trace_id = TRACE;
     settle(&s);
     expect("1|Köln|jürgen|11|12|13|14|15|99|2|2026-11-22T12:13:21.123Z",
            "SELECT TokenID, Branch, RequestedBy, InputTokens, OutputTokens,"
            " TextPromptTokens, ImagePromptTokens, TextCandidatesTokens, TotalTokensUsed,"
            " RequestCount, LoggedAt FROM TokenUsageLogs");
-    expect(ID(1) "|NT047|ck1|store|16|17|3|gemini-3.5-flash|1234",
+    expect(ID(1) "|NT047|ck1|store|16|17|3|gemini-3.5-flash|1234|" TRACE,
            "SELECT RequestID, CompanyID, ClientKeyID, TokenSource, ThoughtsTokens, CachedTokens,"
-           " UnknownCalls, Model, DurationMs FROM TokenUsageLogs");
+           " UnknownCalls, Model, DurationMs, TraceID FROM TokenUsageLogs");
     expect("99|901|0|NULL", "SELECT TotalUsedTokens, TotalRemainingTokens, ReservedTokens,"
                             " ThresholdCrossedAt FROM TokenUsageSummary");
     expect("settled", "SELECT State FROM TokenReservations WHERE ClosedAt IS NOT NULL");
     assert_false(s.threshold_crossed || s.exceeded || s.disabling_stopped);
     expect_sums();
+    s = a_settlement(ID(2), 1, 1);
+    settle(&s);
+    expect("NULL", "SELECT TraceID FROM TokenUsageLogs WHERE RequestID = '" ID(2) "'");
 }
 
 static void settles_once(void **state)
@@ -1189,7 +1196,8 @@ static void records_entries_and_attempts(void **state)
                              .module = "gemini.c",
                              .function = "call",
                              .line = 42,
-                             .request_id = ID(1)};
+                             .request_id = ID(1),
+                             .trace_id = TRACE};
     struct log_entry bare = {
         .level = LOG_INFO, .logger = "main", .message = "up", .module = "main.c"};
     struct log_entry *entries[] = {&full, &bare};
@@ -1206,12 +1214,13 @@ static void records_entries_and_attempts(void **state)
     const struct store_retry_attempt *attempts[] = {&answered, &broken};
 
     assert_int_equal(ERR_NONE, driver->record(store, entries, 2, attempts, 2, false, &err));
-    expect("2026-11-22T12:13:21.123Z|CRITICAL|gemini|naïve|because|gemini.c|call|42|" ID(1),
-           "SELECT Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName,"
-           " LineNumber, RequestID FROM ApplicationLogs WHERE LogID = 1");
+    expect(
+        "2026-11-22T12:13:21.123Z|CRITICAL|gemini|naïve|because|gemini.c|call|42|" ID(1) "|" TRACE,
+        "SELECT Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName,"
+        " LineNumber, RequestID, TraceID FROM ApplicationLogs WHERE LogID = 1");
     expect(log_host(), "SELECT Host FROM ApplicationLogs WHERE LogID = 1");
-    expect("INFO|NULL|NULL", "SELECT LogLevel, Exception, RequestID FROM ApplicationLogs"
-                             " WHERE LogID = 2");
+    expect("INFO|NULL|NULL|NULL", "SELECT LogLevel, Exception, RequestID, TraceID"
+                                  " FROM ApplicationLogs WHERE LogID = 2");
     expect("77|NT047|2|overloaded|1|2026-11-22T12:13:21.123Z|" ID(1) "|503|1500",
            "SELECT TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable, Timestamp, RequestID,"
            " StatusCode, DelayMs FROM RetryAttempts WHERE RetryID = 1");
@@ -1220,7 +1229,7 @@ static void records_entries_and_attempts(void **state)
     assert_int_equal(ERR_NONE, driver->record(store, NULL, 0, NULL, 0, false, &err));
     expect("2", "SELECT COUNT(*) FROM vw_FailedRetries");
     sql("UPDATE ApplicationLogs SET Timestamp = %s", backend->in_an_hour);
-    expect("1", "SELECT COUNT(*) FROM vw_RecentErrors");
+    expect("1|" TRACE, "SELECT COUNT(*), MAX(TraceID) FROM vw_RecentErrors");
 }
 
 /* ---- administration ---- */
@@ -1707,7 +1716,8 @@ static void shows_logs_and_the_rest(void **state)
                           .logger = "x",
                           .message = "three",
                           .module = "x.c",
-                          .request_id = ID(2)};
+                          .request_id = ID(2),
+                          .trace_id = TRACE};
     struct log_entry *entries[] = {&a, &b, &c};
     struct store_retry_attempt r1 = {
         .token_id = 1, .wall_ms = T0, .attempt = 1, .request_id = ID(1), .company_id = "NT047"};
@@ -1731,7 +1741,7 @@ static void shows_logs_and_the_rest(void **state)
 
     expect_view("3|three|CRITICAL;2|two|ERROR;1|one|INFO", VIEW_LOGS, ALL,
                 "LogID Message LogLevel");
-    expect_view("three;two", VIEW_ERRORS, ALL, "Message");
+    expect_view("three|" TRACE ";two|NULL", VIEW_ERRORS, ALL, "Message TraceID");
     expect_view("one", VIEW_LOGS, (struct store_filter){.request_id = ID(1)}, "Message");
     expect_view("one", VIEW_LOGS, (struct store_filter){.company_id = "nt047"}, "Message");
     expect_view("two", VIEW_LOGS,
@@ -2905,7 +2915,7 @@ static void the_files_are_private_and_durable(void **state)
         assert_int_equal(0600, st.st_mode & 0777);
     }
     expect("wal", "PRAGMA journal_mode");
-    assert_int_equal(3, driver->schema_version(store));
+    assert_int_equal(4, driver->schema_version(store));
     assert_int_equal(1, driver->leaders(store));
     struct err err = {0};
     assert_int_equal(ERR_NONE, driver->ping(store, &err));
@@ -2947,7 +2957,7 @@ static void sets_up_only_where_allowed(void **state)
     store = open_store(true, &err);
     assert_non_null(store);
     driver->close(store);
-    expect("1|3", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
+    expect("1|4", "SELECT COUNT(*), (SELECT Version FROM SchemaVersion) FROM vw_TokenStatus");
     sql("UPDATE SchemaVersion SET Version = 1");
     sql("DROP TRIGGER TR_TokenMaster_TotalTokenLimit");
     assert_null(open_store(false, &err));
@@ -2956,9 +2966,9 @@ static void sets_up_only_where_allowed(void **state)
     fixture.config.store.auto_create = true;
     store = open_store(false, &err);
     assert_non_null(store);
-    assert_int_equal(3, driver->schema_version(store));
+    assert_int_equal(4, driver->schema_version(store));
     driver->close(store);
-    expect("3|1|1",
+    expect("4|1|1",
            "SELECT Version, Major, (SELECT COUNT(*) FROM sqlite_master WHERE type = 'trigger')"
            " FROM SchemaVersion");
 
@@ -2986,6 +2996,43 @@ static void the_setup_script_changes_nothing_twice(void **state)
     sql("UPDATE SchemaVersion SET Version = 7"); /* a later one's database */
     backend->exec(embed_setup_sqlite);
     expect("7", "SELECT Version FROM SchemaVersion");
+}
+
+/* As version 3 has made it. By hand the script cannot add columns; it then notes no version. */
+static void tables_of_an_older_version_get_their_columns(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    int64_t id = add_token("NT047", 100);
+    settle_for(ID(1), id, "NT047", "b", "u", 10, T0);
+    driver->close(store);
+    sql("DROP VIEW vw_RecentErrors");
+    sql("DROP INDEX IX_ApplicationLogs_TraceID");
+    sql("ALTER TABLE ApplicationLogs DROP COLUMN TraceID");
+    sql("ALTER TABLE TokenUsageLogs DROP COLUMN TraceID");
+    sql("UPDATE SchemaVersion SET Version = 3");
+    store = open_store(false, &err);
+    assert_non_null(store);
+    assert_int_equal(4, driver->schema_version(store));
+    struct store_settlement s = a_settlement(ID(2), id, 5);
+    s.trace_id = TRACE;
+    settle(&s);
+    expect("2|15|" TRACE,
+           "SELECT COUNT(*), SUM(TotalTokensUsed), MAX(TraceID) FROM TokenUsageLogs");
+    expect("0", "SELECT COUNT(TraceID) FROM vw_RecentErrors");
+    expect_sums();
+
+    sql("DROP VIEW vw_RecentErrors");
+    sql("DROP INDEX IX_ApplicationLogs_TraceID");
+    sql("ALTER TABLE ApplicationLogs DROP COLUMN TraceID");
+    sql("UPDATE SchemaVersion SET Version = 3");
+    for (const char *at = embed_setup_sqlite; *at != '\0';) { /* as a shell does, past errors */
+        sqlite3_stmt *statement = NULL;
+        sqlite3_prepare_v2(fixture.raw, at, -1, &statement, &at);
+        sqlite3_step(statement);
+        sqlite3_finalize(statement);
+    }
+    expect("3", "SELECT Version FROM SchemaVersion");
 }
 
 static bool is_refused(const char *statement)
@@ -3961,7 +4008,7 @@ static void a_setup_that_failed_notes_no_version(void **state)
             fail_msg("a version was noted in spite of: %s", breakages[i].new);
     }
     run_broken_setup("", "");
-    expect("3|1", "SELECT Version, Major FROM SchemaVersion");
+    expect("5|1", "SELECT Version, Major FROM SchemaVersion");
     /* of an older schema all is replaced, or it stays the older one */
     sql("UPDATE SchemaVersion SET Version = 1");
     run_broken_setup("CREATE VIEW dbo.vw_FailedRetries AS", "CREATE VIEW dbo.vw_FailedRetries SA");
@@ -3971,7 +4018,7 @@ static void a_setup_that_failed_notes_no_version(void **state)
         fail_msg("%s", err.message);
     driver->close(store);
     store = NULL;
-    expect("3|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
+    expect("5|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
 }
 
 /* ---- tests/tds_server only: faults ---- */
@@ -4546,6 +4593,7 @@ static const struct CMUnitTest embedded[] = {
     CLOSED(sets_up_only_where_allowed),
     CLOSED(refuses_what_is_no_store),
     CONTRACT(the_setup_script_changes_nothing_twice),
+    CONTRACT(tables_of_an_older_version_get_their_columns),
     CONTRACT(the_tables_keep_their_rules),
     CLOSED(a_damaged_store_is_unavailable),
     CONTRACT(another_writer_is_waited_for_only_so_long),

@@ -258,6 +258,7 @@ install: all manuals www ## Install programs, units, guides, and a configuration
 	for page in $(MANUALS); do install -D -m 644 -t $(DESTDIR)$(mandir)/man$${page##*.} $(BUILD)/man/$$page || exit 1; done
 	install -D -m 644 systemd/extractctl.completion.bash $(DESTDIR)$(completions)/extractctl
 	install -D -m 644 -t $(INSTALLED) SECURITY.md systemd/extract-fcgi.conf.example fcgi-app/invoice.schema.json fcgi-app/prompt.txt
+	install -D -m 644 tests/samples/invoice-de.pdf $(INSTALLED)/invoice.pdf
 	install -D -m 644 -t $(INSTALLED)/systemd systemd/README.md systemd/credentials.conf.example \
 	    systemd/extract-fcgi.rules.yml systemd/extract-fcgi.dashboard.json
 	$(PLACE) systemd/README.md > $(INSTALLED)/systemd/README.md
@@ -275,7 +276,7 @@ uninstall: ## Remove what install has installed, but a configuration that was ed
 
 # The same tree gives the same bytes, wherever it lies: the last commit's time, which the files of `make dist` have, too.
 SOURCE_DATE_EPOCH ?= $(shell { test -e .git && git log -1 --format=%ct || stat -c %Y Makefile; } 2>/dev/null)
-deb: ## Build build/extract-fcgi_VERSION_ARCHITECTURE.deb, for Debian 12 (systemd/README.md, "From the package")
+deb: ## Build build/extract-fcgi_VERSION_ARCHITECTURE.deb, for Debian 12 (systemd/README.md)
 	@tests/install-packages $(BUILD_PACKAGES) $(WWW_PACKAGES) $(DEB_PACKAGES)
 	@rm -rf $(BUILD)/deb/root
 	@$(MAKE) --no-print-directory -j2 BUILD=$(BUILD)/deb CFLAGS='-O2 -g -ffile-prefix-map=$(CURDIR)=.' all manuals

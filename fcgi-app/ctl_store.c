@@ -76,7 +76,7 @@ void ctl_store_remedy(const struct config *config, enum err_code code, char *out
 {
     char directory[256];
 
-    if (code == ERR_SCHEMA || config->store.driver != DRIVER_SQLITE)
+    if (code == ERR_SCHEMA || code == ERR_CONFIG || config->store.driver != DRIVER_SQLITE)
         *out = '\0';
     else if (code == ERR_STORAGE_FULL)
         snprintf(out, size, "make room on the disk of %s", ctl_store_place(config));

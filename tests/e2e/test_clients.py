@@ -165,9 +165,9 @@ def test_client(service: Stack, emulator: Emulator, company: str, tmp_path: Path
 
 def test_csv_and_json_for_administrators(service: Stack, emulator: Emulator, tmp_path: Path) -> None:
     section = GUIDE.partition("\n## For administrators: /admin/\n")[2]
-    commands = "\n".join(re.findall(r"(?m)^    ((?:KEY|HERE|curl).*)$", section))
+    commands = "\n".join(re.findall(r"(?m)^    ((?:KEY|curl).*)$", section))
     assert commands.count(SITE) == 2
-    script = commands.replace(SITE, f"https://localhost:{service.https_port}").replace("--resolve invoices.example.org:443:127.0.0.1", "")
+    script = commands.replace(SITE, f"https://localhost:{service.https_port}")
     env = {name: value for name, value in service.env.items() if name.startswith("EXTRACT_")}
     out = run("sh", "-euc", script, cwd=tmp_path, CURL_CA_BUNDLE=service.dir / "tls/cert.pem",
               PATH=f"{Path(os.environ.get('BUILD', ROOT / 'build')).resolve()}:{os.environ['PATH']}", **env)

@@ -193,26 +193,32 @@ def test_dashboard_has_no_overlap() -> None:
 
 # ---- Prometheus itself ----
 
-def shown_configuration() -> str:
-    """The configuration that the guide shows: up to the next line that is text."""
-    [block] = re.findall(r"^    scrape_configs:\n(?:(?:    .*)?\n)+", GUIDE.read_text(), re.M)
-    return textwrap.dedent(block)
+def configured_by_the_guide(directory: Path) -> Path:
+    """Debian's configuration with what the guide does to it, in another directory than /etc/prometheus."""
+    [commands] = re.findall(r"(?m)^    apt-get install .* prometheus\n((?:    .*\n)+)    systemctl restart prometheus$", GUIDE.read_text())
+    promtool_path = shutil.which("promtool")
+    assert promtool_path is not None
+    shutil.copy(Path(promtool_path).parents[2] / "etc/prometheus/prometheus.yml", directory)
+    script = textwrap.dedent(commands).replace("/usr/local/share/extract-fcgi", str(ROOT)).replace("/etc/prometheus", str(directory))
+    done = subprocess.run(["sh", "-eu"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0 and "22 rules found" in done.stdout, done.stdout + done.stderr
+    return directory / "prometheus.yml"
 
 
 def test_prometheus_reads_it_as_the_guide_says(make_stack: Callable[..., Stack], tmp_path: Path, pdf: bytes) -> None:
     stack = make_stack(processes=2)
     stack.token()
     assert stack.post(pdf).status == 200
-    shutil.copy(RULES, tmp_path)
-    text = shown_configuration().replace("/etc/prometheus/", f"{tmp_path}/")
-    assert "NAME:443" in text
-    configuration = yaml.safe_load(text.replace("NAME:443", f"localhost:{stack.https_port}"))
+    file = configured_by_the_guide(tmp_path)
+    text = file.read_text()
+    assert text.count("invoices.example.org:443") == 1
+    configuration = yaml.safe_load(text.replace("invoices.example.org:443", f"localhost:{stack.https_port}"))
+    assert [job["job_name"] for job in configuration["scrape_configs"]] == ["extract-fcgi", "prometheus", "node"]
     configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    configuration["scrape_configs"] = configuration["scrape_configs"][:1]
     configuration["scrape_configs"][0]["tls_config"] = {"ca_file": str(stack.dir / "tls/cert.pem")}  # its own authority
-    file = tmp_path / "prometheus.yml"
+    del configuration["alerting"]
     file.write_text(yaml.safe_dump(configuration))
-    checked = promtool("check", "config", file)
-    assert checked.returncode == 0 and "22 rules found" in checked.stdout, checked.stdout + checked.stderr
     port = free_port()
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(["prometheus", f"--config.file={file}", f"--storage.tsdb.path={tmp_path / 'data'}",

@@ -162,6 +162,9 @@ def test_faulty_sealing_key_is_refused(tmp_path: Path, mode: int, says: str) -> 
     (tmp_path / "key").chmod(mode)
     said = start_refused(tmp_path, EXTRACT_SEAL_KEY_FILE=str(tmp_path / "key"))
     assert f"seal.key_file: {tmp_path}/key " in said and says in said and "0123456789" not in said
+    checked = run(CTL, "check", env=store_env(tmp_path, EXTRACT_SEAL_KEY_FILE=str(tmp_path / "key")))
+    [line] = [line for line in checked.stdout.splitlines() if "seal.key_file" in line]
+    assert line.startswith("FAIL") and says in line and "store.path" not in line  # it is not the store that is to be mended
 
 
 def test_missing_file_is_refused() -> None:

@@ -120,7 +120,7 @@ def test_install(tmp_path: Path) -> None:
     assert {mode for mode in installed.values()} == {0o755, 0o644}
     share = "usr/share/extract-fcgi"
     assert installed.keys() >= {
-        "etc/extract-fcgi/extract-fcgi.conf", f"{share}/extract-fcgi.conf.example", "usr/lib/sysusers.d/extract-fcgi.conf",
+        "etc/extract-fcgi/extract-fcgi.conf", f"{share}/extract-fcgi.conf.example", f"{share}/invoice.pdf", "usr/lib/sysusers.d/extract-fcgi.conf",
         "usr/share/man/man1/extractctl.1", "usr/share/man/man5/extract-fcgi.conf.5", "usr/share/man/man8/extract-fcgi.8",
         "usr/share/bash-completion/completions/extractctl",
         "usr/lib/tmpfiles.d/extract-fcgi.conf",

@@ -28,6 +28,8 @@ SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 PATIENCE = 300.0  # seconds: an upper bound for what must happen, never a delay
 LONG = 1800.0     # the same, for what compiles or downloads
 EMULATOR = "127.0.0.1:19090"
+SQL_SERVER = "localhost:1433"
+SQL_PASSWORD = "pa55 w;rd"
 
 
 def eventually(probe: Callable[[], Any], what: str) -> Any:
@@ -115,6 +117,7 @@ class Machine:
         self.log = directory / "console"
         self.children: list[subprocess.Popen[Any]] = []
         run("cp", "--archive", "--reflink=auto", tree, self.root)
+        (self.root / "etc/hosts").write_text("127.0.0.1 localhost\n")  # as Debian's installer has it
         try:
             self.start()
         except BaseException:
@@ -170,6 +173,27 @@ class Machine:
                                *([] if body is None else ["-d", json.dumps(body)]), f"http://{EMULATOR}/__emulator/{path}"],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=check)
         return json.loads(done.stdout) if done.returncode == 0 else None
+
+    # ---- SQL Server's stand-in, there too
+
+    def start_sql_server(self, service: str, administrator: str) -> Path:
+        """With these two logins; the certificate of its authority."""
+        home = self.log.parent / "sql"
+        home.mkdir()
+        (home / "password").write_text(SQL_PASSWORD)
+        self.spawn("nsenter", f"--target={self.pid}", "--net", "env", "PYTHONDONTWRITEBYTECODE=1", "/usr/bin/python3",
+                   ROOT / "tests/tds_server/tds_server.py", "--listen", SQL_SERVER.replace("localhost", "127.0.0.1"),
+                   "--encryption", "required", "--tls", home, "--directory", home / "databases",
+                   "--password-file", home / "password", "--user", administrator, "--app-user", service)
+        eventually(lambda: self.sql(administrator, "", "SELECT 1", check=False).returncode == 0, "the SQL server answers")
+        return home / "good.pem"
+
+    def sql(self, login: str, database: str, script: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        home = self.log.parent / "sql"
+        (home / "script").write_text(script)
+        return run("nsenter", f"--target={self.pid}", "--net", "env", "PYTHONDONTWRITEBYTECODE=1", "/usr/bin/python3",
+                   ROOT / "tests/tds_server/tds_client.py", "--server", SQL_SERVER, "--user", login, "--database", database,
+                   "--password-file", home / "password", "--script", home / "script", check=check)
 
     def end(self) -> None:
         """Ends what start() has started; there may be less of it."""

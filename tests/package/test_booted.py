@@ -3,17 +3,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from guide import Guide
-from life import HIGHER, PROGRAM, Life
-from machine import PATIENCE, Booted, Machine, eventually
+from life import FIRST, HIGHER, PROGRAM, Life
+from machine import PATIENCE, ROOT, Booted, Machine, eventually
+
+
+# What is in a block and is not typed by these tests: the section, a part of it (all of it: empty), why.
+NOT_TYPED = (
+    ("What is where", "nginx ──▶", "a picture"),
+    ("From the source", "", "not from the package"),
+    ("Without systemd", "", "test_chroot.py"),
+    ("Upgrade without downtime", "make install", "not from the package"),
+    ("Remove", "make uninstall", "not from the package"),
+    ("What the service may do", "IPAddressDeny=any", "a drop-in to be edited"),
+    ("What the service may do", "ReadWritePaths=/srv", "a drop-in to be edited"),
+    ("Installing the site", "install -d /etc/nginx/extract-fcgi", "not from the package: tests/e2e/test_nginx.py"),
+    ("The dashboard", "ssh -L", "on another machine"),
+    ("For administrators: /admin/", '{"request_id"', "an answer"),
+    ("For administrators: /admin/", "location ^~ /admin/", "for nginx: tests/e2e/test_nginx.py has the one like it"),
+)
 
 
 class TestBooted(Life):
     KIND = Booted
+    PACKAGES: list[str | Path] = [*Life.PACKAGES, "sqlite3", "prometheus"]
 
     def start(self, machine: Machine, guide: Guide) -> None:
-        said = machine.run(guide.commands("Start", "systemctl start"))
+        said = machine.run(guide.commands(FIRST, "systemctl start"))
         for unit in ("extract-fcgi.target", "extract-fcgi.socket", "extract-fcgi@1.service", "extract-fcgi@2.service"):
             assert f"● {unit} - " in said, said
 
@@ -44,3 +62,10 @@ class TestBooted(Life):
         drop_in.unlink()
         drop_in.parent.rmdir()
         machine.run("systemctl daemon-reload && systemctl restart extract-fcgi@1")
+
+    def test_every_command_was_typed(self) -> None:
+        """By the steps before; of nginx's guide, in the sections that a sysadmin follows."""
+        sections = ("Installing the site", "Certificates", "The dashboard", "curl", "For administrators: /admin/")
+        web = [found for found in Guide(ROOT / "nginx/README.md").untyped() if found[0] in sections]
+        for heading, block in [*Guide(ROOT / "systemd/README.md").untyped(), *web]:
+            assert any(heading == section and part in block for section, part, _ in NOT_TYPED), f"{heading}:\n{block}"

@@ -14,6 +14,9 @@ class TestChroot(Life):
     ALSO = "systemd-standalone-sysusers systemd-standalone-tmpfiles spawn-fcgi multiwatch"
     PACKAGES: list[str | Path] = [*Life.PACKAGES, *ALSO.split()]
 
+    test_certificate = test_change_and_scale = test_watch = test_logs = test_backup = test_sql_server = None
+    test_uploads_by_path = None
+
     SOCKET = "660 extract-fcgi www-data"
 
     def start(self, machine: Machine, guide: Guide) -> None:

@@ -2,7 +2,7 @@
  *
  * Any number of processes share the file; WAL lets readers go on while one writes. A process has one
  * connection that writes (a batch is one transaction, one fsync) and a few that read. What was
- * committed survives a power cut (synchronous = FULL). The rows are for people, too: a DBA may look
+ * answered survives a power cut (store_sqlite_db.c). The rows are for people, too: a DBA may look
  * at them, and add tokens, with the sqlite3 shell while the service runs.
  *
  * Here: opening, the schema, log entries and retry attempts. The rest: see store_sqlite.h. */
@@ -153,6 +153,7 @@ static void store_sqlite_close(void *self)
     sqlite_leave(store);
     for (int i = 0; i < SQLITE_READERS; i++)
         pthread_mutex_destroy(&store->readers[i].mutex);
+    pthread_rwlock_destroy(&store->log_lock);
     pthread_mutex_destroy(&store->writer_mutex);
     if (store->lock_fd >= 0)
         close(store->lock_fd);
@@ -218,8 +219,10 @@ static void *store_sqlite_open(const struct config *config, bool migrate, struct
         return NULL;
     }
     store->lock_fd = -1;
+    store->log_fd = -1;
     store->timeout_ms = config->store.query_timeout_ms;
     pthread_mutex_init(&store->writer_mutex, NULL);
+    pthread_rwlock_init(&store->log_lock, NULL);
     for (int i = 0; i < SQLITE_READERS; i++)
         pthread_mutex_init(&store->readers[i].mutex, NULL);
     code = open_files(store, path, may_set_up, err);

@@ -523,5 +523,7 @@ enum err_code sqlite_acquire(void *self, struct store_acquire *const *items, siz
         code = sqlite_run_batch(self, acquire_item, items, count, err);
     if (code != ERR_NONE)
         store_fail_acquires(items, count, err);
+    for (size_t i = 0; code != ERR_NONE && i < count; i++)
+        items[i]->maybe_reserved = sqlite_in_doubt(self);
     return code;
 }

@@ -7,6 +7,12 @@
  * without ours, a DBA's shell for one), so that queue is about speed only; a lock that a process
  * holds ends with the process. All waits of a transaction share one deadline.
  *
+ * A commit is durable once its log is on the disk. SQLite would wait for that within the turn
+ * (synchronous = FULL); here the turn ends first (NORMAL), and the next writer is at work while this one
+ * waits for the disk. Nobody is answered before. Others may see what could still be lost in a power cut,
+ * but then whatever they build on it stands behind it in the log, and is lost with it. What leaves the
+ * log for the database was made durable by SQLite.
+ *
  * flock() has no timeout. Where it must wait, a timer of this thread alone sends a signal every few
  * milliseconds, which does nothing but end the wait with EINTR; outside that wait the signal never
  * arrives, because others in the thread (libfcgi) would take an interrupted read for its end. */
@@ -144,7 +150,7 @@ enum err_code sqlite_connect(struct sqlite_db *db, const char *path, struct sqli
                                             NULL, fold, NULL, NULL, NULL);
     if (result != SQLITE_OK)
         return sqlite_failed(err, result);
-    return sqlite_exec(db, "PRAGMA foreign_keys = ON; PRAGMA synchronous = FULL", err);
+    return sqlite_exec(db, "PRAGMA foreign_keys = ON; PRAGMA synchronous = NORMAL", err);
 }
 
 void sqlite_disconnect(struct sqlite_db *db)
@@ -346,6 +352,20 @@ static void roll_back(struct sqlite_db *db)
         sqlite3_exec(db->handle, "ROLLBACK", NULL, NULL, NULL); /* why is said already */
 }
 
+/* What the disk has refused once it may have lost: from then on the log proves nothing, so all that it
+ * holds goes to the database. */
+static enum err_code settle_doubt(struct store_sqlite *store, struct err *err)
+{
+    if (!atomic_load(&store->log_in_doubt))
+        return ERR_NONE;
+    int result =
+        sqlite3_wal_checkpoint_v2(store->writer.handle, NULL, SQLITE_CHECKPOINT_FULL, NULL, NULL);
+    if (result != SQLITE_OK)
+        return sqlite_failed(err, result);
+    atomic_store(&store->log_in_doubt, false);
+    return ERR_NONE;
+}
+
 static enum err_code begin_until(struct store_sqlite *store, int64_t deadline_ms, struct err *err)
 {
     enum err_code code = take_turn(store, deadline_ms, err);
@@ -356,11 +376,28 @@ static enum err_code begin_until(struct store_sqlite *store, int64_t deadline_ms
     if (code == ERR_NONE) {
         int64_t left_ms = deadline_ms - clock_monotonic_ms();
         sqlite3_busy_timeout(store->writer.handle, left_ms > 1 ? (int)left_ms : 1);
-        code = sqlite_exec(&store->writer, "BEGIN IMMEDIATE", err);
+        code = settle_doubt(store, err);
     }
+    if (code == ERR_NONE)
+        code = sqlite_exec(&store->writer, "BEGIN IMMEDIATE", err);
     if (code != ERR_NONE)
         end_turn(store);
     return code;
+}
+
+/* Ends the turn of one who has committed, and then waits for the disk. The log stays open meanwhile. */
+static enum err_code end_durably(struct store_sqlite *store, struct err *err)
+{
+    pthread_rwlock_rdlock(&store->log_lock);
+    end_turn(store);
+    int error = fdatasync(store->log_fd) == 0 ? 0 : errno;
+    pthread_rwlock_unlock(&store->log_lock);
+    if (error == 0)
+        return ERR_NONE;
+    atomic_store(&store->log_in_doubt, true);
+    return err_set(err,
+                   error == ENOSPC || error == EDQUOT ? ERR_STORAGE_FULL : ERR_STORE_UNAVAILABLE,
+                   "embedded store: the log cannot be brought to the disk: %s", strerror(error));
 }
 
 enum err_code sqlite_begin(struct store_sqlite *store, struct sqlite_tx *tx, struct err *err)
@@ -379,12 +416,18 @@ enum err_code sqlite_end(struct store_sqlite *store, enum err_code code, struct 
 {
     if (code == ERR_NONE)
         code = sqlite_exec(&store->writer, "COMMIT", err);
-    if (code == ERR_NONE)
-        atomic_store(&store->written_ms, clock_monotonic_ms());
-    else
+    if (code != ERR_NONE) {
         roll_back(&store->writer);
-    end_turn(store);
-    return code;
+        end_turn(store);
+        return code;
+    }
+    atomic_store(&store->written_ms, clock_monotonic_ms());
+    return end_durably(store, err);
+}
+
+bool sqlite_in_doubt(struct store_sqlite *store)
+{
+    return atomic_load(&store->log_in_doubt);
 }
 
 enum err_code sqlite_try_write(struct store_sqlite *store, int64_t deadline_ms, struct err *err)

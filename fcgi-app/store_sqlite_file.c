@@ -219,6 +219,32 @@ static enum err_code claim_log(const struct store_sqlite *store, struct err *err
                                                         : write_record(store, &record, err);
 }
 
+/* Only to bring it to the disk. What setting up the schema has left there is the first. */
+static enum err_code open_log(struct store_sqlite *store, struct err *err)
+{
+    char *name = name_beside(store, "-wal");
+    int fd = name == NULL ? -1 : open(name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+
+    free(name);
+    pthread_rwlock_wrlock(&store->log_lock);
+    store->log_fd = fd;
+    pthread_rwlock_unlock(&store->log_lock);
+    if (fd >= 0 && fdatasync(fd) == 0)
+        return ERR_NONE;
+    return err_set(err, ERR_STORE_UNAVAILABLE, "embedded store: the log cannot be used: %s",
+                   strerror(errno));
+}
+
+/* Waits for those who bring it to the disk. */
+static void close_log(struct store_sqlite *store)
+{
+    pthread_rwlock_wrlock(&store->log_lock);
+    if (store->log_fd >= 0)
+        close(store->log_fd);
+    store->log_fd = -1;
+    pthread_rwlock_unlock(&store->log_lock);
+}
+
 /* ---- coming and leaving ---- */
 
 static enum err_code connect_reader(struct store_sqlite *store, struct sqlite_db *db,
@@ -243,7 +269,9 @@ enum err_code sqlite_come_to(struct store_sqlite *store, struct sqlite_file file
         code = sqlite_prepare_schema(store, may_set_up, deadline_ms, err);
     for (int i = 0; i < SQLITE_READERS && code == ERR_NONE; i++)
         code = connect_reader(store, &store->readers[i].db, err);
-    return code == ERR_NONE ? claim_log(store, err) : code;
+    if (code == ERR_NONE)
+        code = claim_log(store, err);
+    return code == ERR_NONE ? open_log(store, err) : code;
 }
 
 /* Writes into the old file what its log still holds. Where that is impossible, so it is. */
@@ -264,6 +292,8 @@ static enum err_code empty_log(struct store_sqlite *store, int64_t deadline_ms, 
 
 static void disconnect_all(struct store_sqlite *store)
 {
+    close_log(store);
+    atomic_store(&store->log_in_doubt, false);
     for (int i = 0; i < SQLITE_READERS; i++)
         sqlite_disconnect(&store->readers[i].db);
     sqlite_disconnect(&store->writer);

@@ -69,6 +69,9 @@ struct store_sqlite {
     int lock_fd;                  /* the writers of this host queue on its flock */
     _Atomic int64_t written_ms;   /* monotonic; the last commit; 0: none */
     pthread_mutex_t writer_mutex; /* before those of readers */
+    pthread_rwlock_t log_lock;    /* after writer_mutex: log_fd stays open while it is held */
+    int log_fd;                   /* the writers' log, to bring it to the disk */
+    atomic_bool log_in_doubt;     /* the disk has refused that once */
     struct sqlite_db writer;
     struct sqlite_reader readers[SQLITE_READERS];
 };
@@ -169,6 +172,8 @@ enum err_code sqlite_begin(struct store_sqlite *store, struct sqlite_tx *tx,
 enum err_code sqlite_end(struct store_sqlite *store, enum err_code code,
                          struct err *err) MUST_CHECK;
 /* Begins a write transaction and rolls it back. */
+/* Did the disk refuse what was committed? Then it is there, but may be lost. */
+bool sqlite_in_doubt(struct store_sqlite *store);
 enum err_code sqlite_try_write(struct store_sqlite *store, int64_t deadline_ms,
                                struct err *err) MUST_CHECK;
 /* sqlite_follow for those who are not about to write, and have no reader. */

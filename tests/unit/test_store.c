@@ -30,6 +30,7 @@
 
 #include "embed.h"
 #include "store_backend.h"
+#include "store_sqlite.h"
 
 /* ---- helpers ---- */
 
@@ -3134,6 +3135,58 @@ static void a_damaged_store_is_unavailable(void **state)
     store = NULL;
 }
 
+/* Is that the log's descriptor, and not that of a file that was there before? */
+static void expect_the_log(int fd)
+{
+    struct stat opened, named;
+    char name[512];
+
+    snprintf(name, sizeof name, "%s-wal", fixture.path);
+    assert_int_equal(0, fstat(fd, &opened));
+    assert_int_equal(0, stat(name, &named));
+    assert_true(opened.st_ino == named.st_ino && opened.st_dev == named.st_dev);
+}
+
+/* Nothing is granted or settled before the disk has it. A pipe stands for a disk that refuses. */
+static void what_the_disk_refuses_is_not_answered(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    struct store_sqlite *inside = store;
+    int refusing[2];
+    add_token("NT047", -1);
+    expect_the_log(inside->log_fd);
+    int log_fd = inside->log_fd;
+    assert_int_equal(0, pipe(refusing));
+
+    inside->log_fd = refusing[0];
+    struct store_acquire a = an_acquire(ID(1), "NT047");
+    struct store_acquire *items = &a;
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->acquire(store, &items, 1, &err));
+    assert_non_null(strstr(err.message, "cannot be brought to the disk"));
+    assert_int_equal(ERR_STORE_UNAVAILABLE, a.code);
+    assert_true(a.maybe_reserved);
+    assert_string_equal("", a.api_key);
+
+    inside->log_fd = log_fd; /* the same again: what was reserved is granted, once */
+    assert_true(atomic_load(&inside->log_in_doubt));
+    assert_int_equal(GRANT_TOKEN, acquire(&a));
+    assert_false(atomic_load(&inside->log_in_doubt));
+    expect("1", "SELECT COUNT(*) FROM TokenReservations");
+
+    inside->log_fd = refusing[0];
+    struct store_settlement s = a_settlement(ID(1), 1, 30);
+    struct store_settlement *settlements = &s;
+    assert_int_equal(ERR_STORE_UNAVAILABLE, driver->settle(store, &settlements, 1, &err));
+    assert_int_equal(ERR_STORE_UNAVAILABLE, s.code);
+    inside->log_fd = log_fd;
+    settle(&s);
+    expect("1|30", "SELECT COUNT(*), SUM(TotalTokensUsed) FROM TokenUsageLogs");
+    expect_sums();
+    close(refusing[0]);
+    close(refusing[1]);
+}
+
 static void another_writer_is_waited_for_only_so_long(void **state)
 {
     (void)state;
@@ -3452,6 +3505,7 @@ static void follows_a_replaced_file(void **state)
     struct err err = {0};
     assert_int_equal(ERR_NONE, driver->ping(store, &err));
     expect_view("…p.db", VIEW_TOKENS, ALL, "ApiKey");
+    expect_the_log(((struct store_sqlite *)store)->log_fd);
     attach_again();
     expect("1", "SELECT COUNT(*) FROM TokenReservations");
     expect("ok", "PRAGMA integrity_check");
@@ -4596,6 +4650,7 @@ static const struct CMUnitTest embedded[] = {
     CONTRACT(tables_of_an_older_version_get_their_columns),
     CONTRACT(the_tables_keep_their_rules),
     CLOSED(a_damaged_store_is_unavailable),
+    CONTRACT(what_the_disk_refuses_is_not_answered),
     CONTRACT(another_writer_is_waited_for_only_so_long),
     CONTRACT(ping_tells_whether_it_can_be_written),
     CONTRACT(the_host_lock_is_waited_for_only_so_long),

@@ -155,14 +155,19 @@ def test_slow_peer_delays_no_other_refusal(make_stack: Callable[..., Stack], emu
     emulator.script("key", HELD)
     served = crowd.submit(stack.post, pdf)
     emulator.wait(held=1)
-    with closing(FastCgi(stack.socket)) as slow:
-        slow.begin()
-        slow.params({"REQUEST_METHOD": "POST", "DOCUMENT_URI": "/extract", "CONTENT_LENGTH": "10"})
-        eventually(lambda: stack.metric("extract_requests_queued") == 1)
-        body, content_type = form(pdf)
-        is_overloaded(stack.fastcgi(body, CONTENT_TYPE=content_type))
-        assert not select.select([slow.socket], [], [], 0)[0]
-        is_overloaded(slow.answer())
+    body, content_type = form(pdf)
+
+    def second_is_first() -> bool:
+        with closing(FastCgi(stack.socket)) as slow:
+            slow.begin()
+            slow.params({"REQUEST_METHOD": "POST", "DOCUMENT_URI": "/extract", "CONTENT_LENGTH": "10"})
+            eventually(lambda: stack.metric("extract_requests_queued") == 1)
+            is_overloaded(stack.fastcgi(body, CONTENT_TYPE=content_type))
+            is_first = not select.select([slow.socket], [], [], 0)[0]
+            is_overloaded(slow.answer())
+            return is_first
+
+    assert any(second_is_first() for _ in range(5))  # a machine that stands still for two seconds may turn them round
     emulator.release()
     assert served.result(PATIENCE).status == 200
     stack.balanced()

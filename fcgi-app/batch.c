@@ -310,8 +310,7 @@ enum err_code batch_submit(struct batch *b, void **items, size_t count, int64_t 
     if (count > 0 && b->free_places > 0) {
         b->free_places--;
         self.leads = true;
-        lead(b,
-             &self); /* whatever the deadline: it bounds the waiting, and this one does not wait */
+        lead(b, &self); /* whatever the deadline: it bounds waiting, and this one does not wait */
     }
     outcome = take_part(b, &self, deadline_ms);
     if (outcome != CARRIED)

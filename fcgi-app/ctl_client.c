@@ -7,6 +7,28 @@
 #include "auth.h"
 #include "ctl.h"
 
+/* A company (at most 256 bytes) as one word of a shell's command line. */
+static void quote(const char *company, char out[4 * STORE_TEXT_SIZE])
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.";
+    size_t len = 0;
+
+    if (company[strspn(company, plain)] == '\0') {
+        snprintf(out, STORE_TEXT_SIZE, "%s", company);
+        return;
+    }
+    out[len++] = '\'';
+    for (; *company != '\0' && len <= 4 * STORE_TEXT_SIZE - 6; company++) {
+        if (*company == '\'') { /* ends the word, adds a quote, goes on */
+            memcpy(out + len, "'\\'", 3);
+            len += 3;
+        }
+        out[len++] = *company;
+    }
+    out[len++] = '\'';
+    out[len] = '\0';
+}
+
 /* Shows the key; the identifier beside it goes to people only: a script reads one line. */
 static int show_key(struct ctl *ctl, const char *id, const char *key)
 {
@@ -15,11 +37,15 @@ static int show_key(struct ctl *ctl, const char *id, const char *key)
                                          {"ClientKey", ctl_text(key)}};
         return ctl_show_row(ctl, cells, 2);
     }
+    const char *company = ctl->values[FLAG_COMPANY];
     bool shown = printf("%s\n", key) > 0 && fflush(stdout) == 0;
     ctl_note(ctl, "client key %s; it is shown this once only", id);
-    if (ctl_given(ctl, FLAG_COMPANY) && !ctl_has_token(ctl, ctl->values[FLAG_COMPANY]))
+    if (company != NULL && !ctl_has_token(ctl, company)) {
+        char word[4 * STORE_TEXT_SIZE];
+        quote(company, word);
         ctl_next(ctl, "no token is of company %s yet: `" CTL_NAME " token add --company %s`",
-                 ctl->values[FLAG_COMPANY], ctl->values[FLAG_COMPANY]);
+                 company, word);
+    }
     return shown ? EXIT_OK : EXIT_NO;
 }
 

@@ -281,6 +281,8 @@ static void *refusing_main(void *argument)
 
     pthread_mutex_lock(&server->mutex);
     while ((slot = next_refused(server)) != NULL) {
+        if (server->work.first != NULL && server->looks_at_ms == INT64_MAX)
+            pthread_cond_signal(&server->refused.some); /* another is to look meanwhile */
         pthread_mutex_unlock(&server->mutex);
         response_init(&response);
         server_read_until(server, slot, clock_monotonic_ms() + DRAIN_MS);

@@ -169,6 +169,23 @@ enum err_code sqlite_exec(struct sqlite_db *db, const char *sql, struct err *err
     return result == SQLITE_OK ? ERR_NONE : sqlite_failed(err, result);
 }
 
+/* Where a new statement is kept: in the place of the oldest that nobody reads from, once all are taken.
+ * SQLITE_CACHE_SIZE: nowhere. */
+static size_t find_place(struct sqlite_db *db)
+{
+    if (db->cached < SQLITE_CACHE_SIZE)
+        return db->cached++;
+    for (size_t i = 0; i < SQLITE_CACHE_SIZE; i++) {
+        size_t place = db->oldest;
+        db->oldest = (db->oldest + 1) % SQLITE_CACHE_SIZE;
+        if (!sqlite3_stmt_busy(db->cache[place].statement)) {
+            sqlite3_finalize(db->cache[place].statement);
+            return place;
+        }
+    }
+    return SQLITE_CACHE_SIZE;
+}
+
 static enum err_code prepared(struct sqlite_db *db, const char *sql, sqlite3_stmt **statement,
                               struct err *err)
 {
@@ -178,15 +195,17 @@ static enum err_code prepared(struct sqlite_db *db, const char *sql, sqlite3_stm
             return ERR_NONE;
         }
     }
-    if (db->cached == SQLITE_CACHE_SIZE)
-        return err_set(err, ERR_INTERNAL, "embedded store: SQLITE_CACHE_SIZE is too small");
     int result =
         sqlite3_prepare_v3(db->handle, sql, -1, SQLITE_PREPARE_PERSISTENT, statement, NULL);
     if (result != SQLITE_OK)
         return sqlite_failed(err, result);
-    db->cache[db->cached].sql = sql;
-    db->cache[db->cached].statement = *statement;
-    db->cached++;
+    size_t place = find_place(db);
+    if (place == SQLITE_CACHE_SIZE) {
+        sqlite3_finalize(*statement);
+        return err_set(err, ERR_INTERNAL, "embedded store: all statements are in use");
+    }
+    db->cache[place].sql = sql;
+    db->cache[place].statement = *statement;
     return ERR_NONE;
 }
 

@@ -152,7 +152,8 @@ void ctl_work_begin(struct ctl *ctl, enum ctl_work_kind kind, const char *format
 /* How far it is; total 0: nobody knows. */
 void ctl_work_count(struct ctl *ctl, int64_t done, int64_t total);
 bool ctl_work_go_on(const struct ctl *ctl);
-/* Takes the line away. Sets ctl->signal where a signal asked WORK_STEPS to end. */
+/* Takes the line away. Sets ctl->signal where a signal asked WORK_STEPS to end, or came too late to end
+ * the work, whatever its kind. */
 void ctl_work_end(struct ctl *ctl);
 
 /* ---- ctl_show.c ---- */

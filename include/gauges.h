@@ -9,9 +9,9 @@
 #include "err.h"
 #include "store.h"
 
-#define GAUGES_WAIT_MS 1000  /* how long the store may take */
-#define GAUGES_SERVE_MS 5000 /* how long what was read serves */
-#define GAUGES_ROWS_MAX 10000
+#define GAUGES_WAIT_MS 1000   /* how long the store may take */
+#define GAUGES_SERVE_MS 5000  /* how long what was read serves */
+#define GAUGES_ROWS_MAX 10000 /* reservations that are counted, the newest; more are not told */
 
 struct gauges;
 

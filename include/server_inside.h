@@ -36,8 +36,7 @@ struct server {
     struct slot *free;
     size_t used; /* slots that are not free */
     struct lane work, at_once, reading, refused;
-    int64_t
-        looks_at_ms; /* when somebody looks whether the queue's first is late; INT64_MAX: when told */
+    int64_t looks_at_ms;  /* when a thread looks at the queue's first; INT64_MAX: when told */
     pthread_cond_t watch; /* the watchdog: the first slot is used; CLOCK_MONOTONIC */
     int idle_workers;
     bool pausing; /* the acceptor wants to hear of the next idle worker, by idle_fd */

@@ -23,7 +23,7 @@
 #include "store_check.h"
 
 #define SQLITE_READERS 2
-#define SQLITE_CACHE_SIZE 48
+#define SQLITE_CACHE_SIZE 64 /* more than the service has statements; one more ends the oldest */
 
 /* The actor of AuditLog rows that the service writes on its own. */
 #define SQLITE_ACTOR "extract-fcgi"
@@ -54,6 +54,7 @@ struct sqlite_db {
         sqlite3_stmt *statement;
     } cache[SQLITE_CACHE_SIZE];
     size_t cached;
+    size_t oldest; /* where the next one goes, once all places are taken */
 };
 
 struct sqlite_reader {

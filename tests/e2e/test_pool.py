@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import os
 import random
+import select
 import signal
 import socket
 import threading
@@ -142,6 +143,33 @@ def test_queue_wait_passed(make_stack: Callable[..., Stack], emulator: Emulator,
     emulator.release()
     assert first.result(PATIENCE).status == 200
     assert stack.post(pdf).status == 200
+    stack.balanced()
+
+
+def test_slow_peer_delays_no_other_refusal(make_stack: Callable[..., Stack], emulator: Emulator,
+                                           crowd: ThreadPoolExecutor, pdf: bytes) -> None:
+    """Two are past queue_wait; the first has a body that does not come: the second is refused meanwhile."""
+    stack = make_stack(env={"EXTRACT_SERVER_THREADS": "1", "EXTRACT_SERVER_QUEUE": "8",
+                            "EXTRACT_SERVER_QUEUE_WAIT": "500ms"})
+    stack.token(key="key")
+    emulator.script("key", HELD)
+    served = crowd.submit(stack.post, pdf)
+    emulator.wait(held=1)
+    body, content_type = form(pdf)
+
+    def second_is_first() -> bool:
+        with closing(FastCgi(stack.socket)) as slow:
+            slow.begin()
+            slow.params({"REQUEST_METHOD": "POST", "DOCUMENT_URI": "/extract", "CONTENT_LENGTH": "10"})
+            eventually(lambda: stack.metric("extract_requests_queued") == 1)
+            is_overloaded(stack.fastcgi(body, CONTENT_TYPE=content_type))
+            is_first = not select.select([slow.socket], [], [], 0)[0]
+            is_overloaded(slow.answer())
+            return is_first
+
+    assert any(second_is_first() for _ in range(5))  # a machine that stands still for two seconds may turn them round
+    emulator.release()
+    assert served.result(PATIENCE).status == 200
     stack.balanced()
 
 

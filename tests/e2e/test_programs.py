@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -386,6 +387,14 @@ def test_ctl_says_what_is_wrong_and_what_to_do(tmp_path: Path, settings: dict[st
     lines = done.stderr.splitlines()
     assert done.returncode == status and says.format(dir=tmp_path) in lines[0], done
     assert re.search("^Next: .*" + next_step.format(dir=tmp_path), lines[1]) and lines[1].endswith(".") and len(lines) == 2
+
+
+@pytest.mark.parametrize("company", ["A", "Müller & Söhne", "O'Neill's", "--company", "$HOME `id`", "'" * 256])
+def test_ctl_next_step_is_a_command(tmp_path: Path, company: str) -> None:
+    """Whatever the company is called, its name is one word of the command that comes next."""
+    done = run(CTL, "client-key", "add", f"--company={company}", env=store_env(tmp_path))
+    [command] = re.findall(r" yet: `extractctl (.*)`\.$", done.stderr, re.M)
+    assert shlex.split(command) == ["token", "add", "--company", company]
 
 
 def test_ctl_locked_store(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
 /* test_connection.c - what makes a head, byte by byte; the rest is tested through a real web server. */
+#include <errno.h>
+#include <fcntl.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -7,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -17,6 +20,15 @@
 #define PARAMS "\1\4\0\1\0\27\0\0\16\7REQUEST_METHODOPTIONS" /* 23 bytes */
 #define PARAMS_END "\1\4\0\1\0\0\0\0"
 #define STDIN_END "\1\5\0\1\0\0\0\0"
+
+/* Stands before libc's for libfcgi, too, which calls it where it then waits for the peer to close. */
+static int ended_sending;
+
+int shutdown(int fd, int how)
+{
+    ended_sending += how == SHUT_WR;
+    return (int)syscall(SYS_shutdown, fd, how);
+}
 
 static int set_up_all(void **state)
 {
@@ -55,6 +67,39 @@ static void test_whole(void **state)
     connection_answer(&c, &response);
     assert_int_equal(recv(peer, &byte, 1, 0), 1);
     close(peer);
+}
+
+/* Is the descriptor closed? And nobody has waited for the peer, who has not closed yet. */
+static bool is_closed_at_once(const char *bytes, size_t len, bool *closed)
+{
+    struct connection c;
+    struct response response;
+
+    int peer = send_head(&c, bytes, len);
+    assert_true(connection_read_head(&c));
+    response_init(&response);
+    ended_sending = 0;
+    connection_answer(&c, &response);
+    *closed = fcntl(c.fd, F_GETFD) < 0 && errno == EBADF;
+    close(peer);
+    return ended_sending == 0;
+}
+
+/* Only who has sent all, and whose all was read, needs no care at the end. */
+static void test_closed(void **state)
+{
+    static const char whole[] = BEGIN PARAMS PARAMS_END STDIN_END;
+    static const char unread[] = BEGIN PARAMS PARAMS_END "\1\5\0\1\0\4\0\0more" STDIN_END;
+    bool closed;
+    (void)state;
+
+    assert_true(is_closed_at_once(whole, sizeof whole - 1, &closed));
+    assert_true(closed);
+    assert_false(
+        is_closed_at_once(unread, sizeof unread - 1, &closed)); /* a body that nobody read */
+    assert_true(closed);
+    assert_false(is_closed_at_once(whole, sizeof whole - 9, &closed)); /* its end did not come */
+    assert_true(closed);
 }
 
 /* The web server died, or is none. Wherever the head breaks off, nobody may take it for a request. */
@@ -176,9 +221,8 @@ static void test_trace(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_whole),
-        cmocka_unit_test(test_broken_off),
-        cmocka_unit_test(test_not_fastcgi),
+        cmocka_unit_test(test_whole),      cmocka_unit_test(test_closed),
+        cmocka_unit_test(test_broken_off), cmocka_unit_test(test_not_fastcgi),
         cmocka_unit_test(test_trace),
     };
     return cmocka_run_group_tests(tests, set_up_all, NULL);

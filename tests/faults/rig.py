@@ -87,7 +87,7 @@ def held(pid: int) -> collections.Counter[str]:
 def excess(pid: int, before: collections.Counter[str], workers: int, store: int) -> dict[str, tuple[int, int]]:
     """What it holds more than before: how many, instead of how many. Connections are kept, one for each worker and some
     to SQL Server, each with an eventfd of FreeTDS's; of a database's log and index each connection opens its own when it
-    first reads."""
+    first reads; of the store's log the writers have another one, from the beginning."""
     found = {}
     for name, count in held(pid).items():
         allowed = before[name]
@@ -98,7 +98,7 @@ def excess(pid: int, before: collections.Counter[str], workers: int, store: int)
         elif name == "socket pair":
             allowed = before[name] + 2 * workers
         elif match := re.fullmatch(r"(.*\.db)-(wal|shm)", name):
-            allowed = before[match[1]]
+            allowed = max(before[name], before[match[1]])
         if count > allowed:
             found[name] = count, allowed
     return found

@@ -27,8 +27,9 @@ class Terminal:
         self.master, self.slave = os.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.raw = b""
-        self.process = subprocess.Popen(["setsid", "--ctty", str(program), *arguments], env=env, stdin=self.slave,
-                                        stdout=self.slave if stdout else subprocess.PIPE,
+        # No signal is ignored at a terminal, even where the tests run in a shell's background.
+        self.process = subprocess.Popen(["env", "--default-signal", "setsid", "--ctty", str(program), *arguments], env=env,
+                                        stdin=self.slave, stdout=self.slave if stdout else subprocess.PIPE,
                                         stderr=self.slave if stderr else subprocess.PIPE)
 
     def read(self, until: str | None = None) -> str:

@@ -207,7 +207,7 @@ static void fuzz_query(struct fuzz_input *input)
     CHECK(table != NULL);
     (void)!store_mssql.query(NULL, VIEW_TOKENS, &filter, table_row, table, &err);
     FILE *out = open_memstream(&printed, &len);
-    CHECK(out != NULL && table_print(table, NULL, out) && fclose(out) == 0);
+    CHECK(out != NULL && table_print(table, NULL, NULL, out) && fclose(out) == 0);
     for (char *line = printed, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
         *end = '\0';
         CHECK(fuzz_is_line(line));

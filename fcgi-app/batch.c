@@ -21,23 +21,7 @@
 #include <time.h>
 
 #include "clock.h"
-
-/* The thread sanitizers of gcc 12 and clang 14 do not know sem_clockwait(). */
-#if defined(__SANITIZE_THREAD__)
-#define HAS_TSAN 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define HAS_TSAN 1
-#endif
-#endif
-#ifdef HAS_TSAN
-#include <sanitizer/tsan_interface.h>
-#define TSAN_RELEASE(what) __tsan_release(what)
-#define TSAN_ACQUIRE(what) __tsan_acquire(what)
-#else
-#define TSAN_RELEASE(what) ((void)0)
-#define TSAN_ACQUIRE(what) ((void)0)
-#endif
+#include "tsan.h"
 
 enum call { NOT_CALLED, CALLED_TO_LEAD, CALLED_AS_DONE };
 

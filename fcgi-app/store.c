@@ -1,5 +1,5 @@
 /* store.c - the store: a driver, a batch for each of a request's two round trips, and the outbox.
- * See store.h.
+ * See store.h. store_outbox.c replays the outbox, store_keys.c looks after sealed keys.
  *
  * What store.c adds to a driver: waiting together (a lane is a batch and what it carries), one repeat
  * of a call whose outcome is unknown, items run one by one where a whole batch was refused, and for
@@ -11,54 +11,20 @@
 #include "store.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-#include "batch.h"
 #include "buf.h"
+#include "clock.h"
 #include "log.h"
 #include "metrics.h"
-#include "notify.h"
 #include "outbox.h"
 #include "outbox_entry.h"
 #include "seal.h"
-#include "store_driver.h"
+#include "store_inside.h"
 
-#define DRAIN_EVERY_MS 3000
-#define DRAIN_PAUSE_MAX_MS 30000
-#define EXPIRE_EVERY_MS 60000
-#define OUTBOX_PATIENCE_MS 6000 /* of the background thread with the outbox's file */
 #define ALARM_MAX ((size_t)64 * 1024)
-
-/* A kind of work that travels together. */
-struct lane {
-    struct store *store;
-    enum err_code (*carry)(struct store *store, void **items, size_t count, struct err *err);
-    void (*fail)(void *item, const struct err *err);
-    struct batch *batch;
-};
-
-struct store {
-    const struct store_driver *driver;
-    void *self;
-    struct lane acquires, settlements;
-    int64_t query_timeout_ms;
-    struct seal *seal; /* NULL: keys are not sealed */
-    char *state_dir;
-    pthread_mutex_t lock;  /* guards what follows */
-    struct outbox *outbox; /* NULL until it is needed; then it stays */
-    pthread_cond_t wake;
-    bool has_thread;
-    pthread_t thread;
-    atomic_bool stopping;
-    atomic_bool answers; /* did it, when it was asked last? */
-    store_go_on *go_on;  /* see store_watch; NULL: nobody watches */
-    void *go_on_context;
-};
 
 static const struct store_driver *const drivers[] = {
     [DRIVER_SQLITE] = &store_sqlite,
@@ -206,6 +172,11 @@ void store_watch(struct store *store, store_go_on *go_on, void *context)
     store->go_on_context = context;
 }
 
+bool store_goes_on(struct store *store, int64_t done)
+{
+    return store->go_on == NULL || store->go_on(store->go_on_context, done);
+}
+
 enum err_code store_migrate(const struct config *config, int *version, struct err *err)
 {
     struct err local = {.message = ""};
@@ -247,33 +218,6 @@ void store_close(struct store *store)
     free(store);
 }
 
-/* The outbox, opened by the first who needs it. NULL: err says why. */
-static struct outbox *need_outbox(struct store *store, struct err *err)
-{
-    pthread_mutex_lock(&store->lock);
-    if (store->outbox == NULL)
-        store->outbox = outbox_open(store->state_dir, err);
-    struct outbox *outbox = store->outbox;
-    pthread_mutex_unlock(&store->lock);
-    return outbox;
-}
-
-/* The outbox, where there is one; looking creates none. NULL with ERR_NONE: there is none. */
-static enum err_code find_outbox(struct store *store, struct outbox **outbox, struct err *err)
-{
-    struct err local = {.message = ""};
-
-    if (err == NULL)
-        err = &local;
-    pthread_mutex_lock(&store->lock);
-    *outbox = store->outbox;
-    pthread_mutex_unlock(&store->lock);
-    if (*outbox != NULL || !outbox_exists(store->state_dir))
-        return ERR_NONE;
-    *outbox = need_outbox(store, err);
-    return *outbox == NULL ? err->code : ERR_NONE;
-}
-
 /* ---- acquire ---- */
 
 enum err_code store_set_duplicate(struct err *err, bool first_is_done, const char *first_request_id)
@@ -298,7 +242,7 @@ static void release_unheard(struct store *store, const struct store_acquire *a)
             a->idempotency_key != NULL && a->sequence == 1 ? STORE_KEY_FREE : STORE_KEY_NONE,
         .release_sequence = a->sequence,
     };
-    struct outbox *outbox = need_outbox(store, &why);
+    struct outbox *outbox = store_need_outbox(store, &why);
 
     if (outbox == NULL || outbox_append_settlement(outbox, &release, &why) != ERR_NONE)
         log_warning(a->request_id, why.message,
@@ -315,10 +259,8 @@ static void unseal(struct store *store, struct store_acquire *a)
         a->grant = GRANT_UNREADABLE;
 }
 
-/* The round trip, repeated once where its outcome is unknown: it is idempotent on (request_id,
- * sequence). *maybe_reserved: it failed, and may have reserved all the same. */
-static void acquire_in_store(struct store *store, struct store_acquire *acquire,
-                             int64_t deadline_ms, bool *maybe_reserved)
+void store_try_acquire(struct store *store, struct store_acquire *acquire, int64_t deadline_ms,
+                       bool *maybe_reserved)
 {
     bool in_time = true;
 
@@ -340,7 +282,7 @@ enum err_code store_acquire(struct store *store, struct store_acquire *acquire, 
 {
     bool maybe_reserved;
 
-    acquire_in_store(store, acquire, deadline_ms, &maybe_reserved);
+    store_try_acquire(store, acquire, deadline_ms, &maybe_reserved);
     if (maybe_reserved)
         release_unheard(store, acquire);
     unseal(store, acquire);
@@ -351,7 +293,7 @@ enum err_code store_reserve_offline(struct store *store, const struct store_acqu
                                     struct err *err)
 {
     struct err why = {.message = ""};
-    struct outbox *outbox = need_outbox(store, &why);
+    struct outbox *outbox = store_need_outbox(store, &why);
 
     if (outbox != NULL)
         why.code = outbox_append_reservation(outbox, acquire, &why);
@@ -393,7 +335,7 @@ static void journal(struct store *store, struct store_settlement *s)
     bool refused = s->code == ERR_BAD_VALUE;
     struct err store_says = s->err;
     struct err outbox_says = {.message = ""};
-    struct outbox *outbox = need_outbox(store, &outbox_says);
+    struct outbox *outbox = store_need_outbox(store, &outbox_says);
     enum err_code code = ERR_STORAGE_FULL;
 
     if (outbox != NULL)
@@ -419,12 +361,11 @@ static bool must_line_up(struct store *store, const struct store_settlement *s)
 {
     struct outbox *outbox = NULL;
 
-    return s->token_id == 0 && find_outbox(store, &outbox, NULL) == ERR_NONE && outbox != NULL &&
-           outbox_holds(outbox, s->request_id);
+    return s->token_id == 0 && store_find_outbox(store, &outbox, NULL) == ERR_NONE &&
+           outbox != NULL && outbox_holds(outbox, s->request_id);
 }
 
-/* Settles up to BATCH_MAX in the store, twice where the outcome is unknown: it is idempotent. */
-static void settle_in_store(struct store *store, void **items, size_t count, int64_t deadline_ms)
+void store_try_settle(struct store *store, void **items, size_t count, int64_t deadline_ms)
 {
     bool in_time = true;
 
@@ -442,7 +383,7 @@ static void settle_in_store(struct store *store, void **items, size_t count, int
     }
 }
 
-static void prepare_settlement(struct store_settlement *s)
+void store_prepare_settlement(struct store_settlement *s)
 {
     s->code = err_set(&s->err, ERR_STORE_UNAVAILABLE, "the store had no place before the deadline");
     s->threshold_crossed = s->exceeded = s->disabling_stopped = false;
@@ -456,13 +397,13 @@ static void settle_some(struct store *store, struct store_settlement *settlement
 
     for (size_t i = 0; i < count; i++) {
         struct store_settlement *s = &settlements[i];
-        prepare_settlement(s);
+        store_prepare_settlement(s);
         if (must_line_up(store, s))
             err_set(&s->err, s->code, "its reservation waits there");
         else
             items[n++] = s;
     }
-    settle_in_store(store, items, n, deadline_ms);
+    store_try_settle(store, items, n, deadline_ms);
     for (size_t i = 0; i < count; i++)
         if (settlements[i].code != ERR_NONE)
             journal(store, &settlements[i]);
@@ -480,218 +421,6 @@ enum err_code store_settle(struct store *store, struct store_settlement *settlem
     for (size_t i = 0; i < count && code == ERR_NONE; i++)
         code = settlements[i].code;
     return code;
-}
-
-/* ---- the outbox ---- */
-
-static enum err_code replay_settlement(void *context, struct store_settlement *s, struct err *err)
-{
-    struct store *store = context;
-    void *item = s;
-
-    prepare_settlement(s);
-    settle_in_store(store, &item, 1, clock_monotonic_ms() + store->query_timeout_ms);
-    if (s->code != ERR_NONE)
-        return err_set(err, s->code, "%s", s->err.message);
-    /* Nobody waits for this settlement's outcome any more who would say so. */
-    if (s->threshold_crossed)
-        log_warning(s->request_id, NULL, "token %lld of company %s has crossed its threshold",
-                    (long long)s->token_id, s->company_id);
-    if (s->exceeded)
-        log_warning(s->request_id, NULL, "token %lld of company %s has reached its limit",
-                    (long long)s->token_id, s->company_id);
-    if (s->disabling_stopped)
-        log_critical(s->request_id, NULL,
-                     "tokens of three companies at fault within a minute: disabling stops");
-    return ERR_NONE;
-}
-
-static enum err_code replay_reservation(void *context, struct store_acquire *acquire,
-                                        struct err *err)
-{
-    struct store *store = context;
-    bool maybe_reserved; /* it will be replayed again */
-
-    acquire_in_store(store, acquire, clock_monotonic_ms() + store->query_timeout_ms,
-                     &maybe_reserved);
-    return acquire->code == ERR_NONE ? ERR_NONE
-                                     : err_set(err, acquire->code, "%s", acquire->err.message);
-}
-
-static enum err_code replay_records(void *context, struct log_entry *const *entries,
-                                    size_t entry_count,
-                                    const struct store_retry_attempt *const *attempts,
-                                    size_t attempt_count, struct err *err)
-{
-    struct store *store = context;
-    return store_record(store, entries, entry_count, attempts, attempt_count, true, err);
-}
-
-/* Until the next one: a settlement of the outbox that is repeated, each time with a login. */
-static void beat(const struct store *store)
-{
-    notify_beat(NOTIFY_BACKGROUND, 4 * store->query_timeout_ms + OUTBOX_PATIENCE_MS);
-}
-
-static bool watched(struct store *store, int64_t done)
-{
-    return store->go_on == NULL || store->go_on(store->go_on_context, done);
-}
-
-static bool go_on(void *context, int64_t replayed)
-{
-    struct store *store = context;
-
-    beat(store);
-    return !atomic_load(&store->stopping) && watched(store, replayed);
-}
-
-enum err_code store_outbox_drain(struct store *store, int64_t *replayed, struct err *err)
-{
-    const struct outbox_replay replay = {.settle = replay_settlement,
-                                         .reserve = replay_reservation,
-                                         .record = replay_records,
-                                         .go_on = go_on,
-                                         .context = store};
-    struct outbox *outbox = NULL;
-    enum err_code code = find_outbox(store, &outbox, err);
-
-    *replayed = 0;
-    if (code != ERR_NONE || outbox == NULL)
-        return code;
-    return outbox_drain(outbox, &replay, replayed, err);
-}
-
-enum err_code store_record_offline(struct store *store, struct log_entry *const *entries,
-                                   size_t entry_count,
-                                   const struct store_retry_attempt *const *attempts,
-                                   size_t attempt_count, struct err *err)
-{
-    struct outbox *outbox = need_outbox(store, err);
-    int64_t dropped = 0;
-
-    if (outbox == NULL)
-        return err->code;
-    enum err_code code =
-        outbox_append_records(outbox, entries, entry_count, attempts, attempt_count, &dropped, err);
-    metrics_add(METRIC_LOG_DROPPED, dropped);
-    return code;
-}
-
-enum err_code store_outbox_status(struct store *store, struct store_outbox_status *status,
-                                  struct err *err)
-{
-    struct outbox *outbox = NULL;
-    enum err_code code = find_outbox(store, &outbox, err);
-
-    *status = (struct store_outbox_status){0};
-    if (code != ERR_NONE || outbox == NULL)
-        return code;
-    return outbox_status(outbox, status, err);
-}
-
-enum err_code store_outbox_look(const struct config *config, struct store_outbox_status *status,
-                                struct err *err)
-{
-    *status = (struct store_outbox_status){0};
-    if (!outbox_exists(config->server.state_dir))
-        return ERR_NONE;
-    struct outbox *outbox = outbox_open(config->server.state_dir, err);
-    if (outbox == NULL)
-        return err->code;
-    enum err_code code = outbox_status(outbox, status, err);
-    outbox_close(outbox);
-    return code;
-}
-
-/* ---- in the background ---- */
-
-/* Says what failed when it begins to fail, not every few seconds. An absent store is said by those
- * whom it fails. */
-static void report(enum err_code *last, const struct err *err, const char *what)
-{
-    if (err->code != *last && err->code != ERR_NONE && err->code != ERR_STORE_UNAVAILABLE)
-        log_error(NULL, err->message, "%s", what);
-    *last = err->code;
-}
-
-/* The drain that is done every few seconds; ever more seldom while it finds the store away. */
-struct drainer {
-    enum err_code last;
-    int64_t pause_ms;
-    int64_t next_ms; /* monotonic */
-};
-
-static void drain(struct store *store, struct drainer *d)
-{
-    struct err err = {.message = ""};
-    int64_t replayed = 0;
-
-    if (clock_monotonic_ms() < d->next_ms && !atomic_exchange(&store->answers, false))
-        return;
-    err.code = store_outbox_drain(store, &replayed, &err);
-    if (replayed > 0)
-        log_info(NULL, "%lld entries of the outbox have reached the store", (long long)replayed);
-    report(&d->last, &err, "the outbox cannot be replayed");
-    if (err.code != ERR_STORE_UNAVAILABLE)
-        d->pause_ms = 0;
-    else if (d->pause_ms < DRAIN_PAUSE_MAX_MS)
-        d->pause_ms = 2 * d->pause_ms + DRAIN_EVERY_MS;
-    d->next_ms = clock_monotonic_ms() + d->pause_ms;
-}
-
-static void expire(struct store *store, enum err_code *last)
-{
-    struct err err = {.message = ""};
-    int expired = 0;
-
-    err.code = store_expire_reservations(store, &expired, &err);
-    if (err.code == ERR_NONE && expired > 0)
-        log_warning(NULL, NULL, "%d reservations of ended processes are unsettled now", expired);
-    report(last, &err, "reservations cannot be expired");
-}
-
-static void *run_background(void *arg)
-{
-    struct store *store = arg;
-    struct drainer drainer = {.last = ERR_NONE};
-    enum err_code last_expiry = ERR_NONE;
-    int64_t next_expiry_ms = clock_monotonic_ms();
-
-    while (!atomic_load(&store->stopping)) {
-        beat(store);
-        drain(store, &drainer);
-        beat(store);
-        if (clock_monotonic_ms() >= next_expiry_ms) {
-            expire(store, &last_expiry);
-            next_expiry_ms = clock_monotonic_ms() + EXPIRE_EVERY_MS;
-        }
-        int64_t until_ms = clock_monotonic_ms() + DRAIN_EVERY_MS;
-        struct timespec until = {.tv_sec = (time_t)(until_ms / 1000),
-                                 .tv_nsec = (long)(until_ms % 1000) * 1000000};
-        beat(store); /* twice as long as it waits */
-        pthread_mutex_lock(&store->lock);
-        while (!atomic_load(&store->stopping) &&
-               pthread_cond_timedwait(&store->wake, &store->lock, &until) != ETIMEDOUT)
-            ;
-        pthread_mutex_unlock(&store->lock);
-    }
-    notify_end(NOTIFY_BACKGROUND);
-    return NULL;
-}
-
-enum err_code store_start_background(struct store *store, struct err *err)
-{
-    struct err local = {.message = ""};
-
-    if (err == NULL)
-        err = &local;
-    if (need_outbox(store, err) == NULL)
-        return err->code;
-    if (pthread_create(&store->thread, NULL, run_background, store) != 0)
-        return err_set(err, ERR_INTERNAL, "cannot start the store's thread");
-    store->has_thread = true;
-    return ERR_NONE;
 }
 
 /* ---- what goes to the driver as it is ---- */
@@ -715,155 +444,10 @@ enum err_code store_expire_reservations(struct store *store, int *expired, struc
     return store->driver->expire_reservations(store->self, expired, err);
 }
 
-static enum err_code seal_new_key(void *context, int64_t token_id, const char *api_key,
-                                  char out[STORE_API_KEY_SIZE], struct err *err)
-{
-    return seal_seal(context, token_id, api_key, out, STORE_API_KEY_SIZE, err);
-}
-
-enum err_code store_token_add(struct store *store, const char *actor,
-                              const struct store_new_token *token, int64_t *token_id,
-                              struct err *err)
-{
-    const struct store_sealer sealer = {.seal = seal_new_key, .context = store->seal};
-    struct store_new_token sealed = *token;
-
-    if (store->seal != NULL)
-        sealed.sealer = &sealer;
-    return store->driver->token_add(store->self, actor, &sealed, token_id, err);
-}
-
 enum err_code store_token_set_status(struct store *store, const char *actor, int64_t token_id,
                                      const char *status, const char *reason, struct err *err)
 {
     return store->driver->token_set_status(store->self, actor, token_id, status, reason, err);
-}
-
-enum err_code store_token_set_key(struct store *store, const char *actor, int64_t token_id,
-                                  const char *api_key, struct err *err)
-{
-    char sealed[STORE_API_KEY_SIZE];
-
-    if (store->seal == NULL)
-        return store->driver->token_set_key(store->self, actor, token_id, api_key, err);
-    if (seal_seal(store->seal, token_id, api_key, sealed, sizeof sealed, err) != ERR_NONE)
-        return err->code;
-    return store->driver->token_set_key(store->self, actor, token_id, sealed, err);
-}
-
-/* Without what a key pasted by hand often brings, as acquire takes it. */
-static void trim(char *key)
-{
-    size_t begin = 0, end = strlen(key);
-
-    while (end > 0 && (unsigned char)key[end - 1] <= ' ')
-        end--;
-    while (begin < end && (unsigned char)key[begin] <= ' ')
-        begin++;
-    memmove(key, key + begin, end - begin);
-    key[end - begin] = '\0';
-}
-
-/* Calls look with each token's key, until it does not return ERR_NONE. */
-static enum err_code each_key(struct store *store,
-                              enum err_code (*look)(struct store *store,
-                                                    const struct store_token_key *key,
-                                                    void *context, struct err *err),
-                              void *context, struct err *err)
-{
-    struct store_token_key keys[16];
-    size_t count = 0;
-    int64_t after_id = 0, done = 0;
-    enum err_code code = ERR_NONE;
-    bool more = true;
-
-    while (more) {
-        code = store->driver->token_keys(store->self, after_id, keys, sizeof keys / sizeof keys[0],
-                                         &count, err);
-        more = code == ERR_NONE && count > 0;
-        for (size_t i = 0; more && i < count; i++) {
-            more = watched(store, done++);
-            if (more)
-                code = look(store, &keys[i], context, err);
-            more = more && code == ERR_NONE;
-            after_id = keys[i].token_id;
-        }
-        explicit_bzero(keys, sizeof keys);
-    }
-    return code;
-}
-
-struct resealing {
-    const char *actor;
-    int *sealed, *unreadable;
-};
-
-/* Seals one key anew, unless it is sealed by the key of now. */
-static enum err_code reseal(struct store *store, const struct store_token_key *key, void *context,
-                            struct err *err)
-{
-    const struct resealing *r = context;
-    char plain[STORE_API_KEY_SIZE], sealed[STORE_API_KEY_SIZE];
-
-    if (seal_is_current(store->seal, key->api_key))
-        return ERR_NONE;
-    if (seal_unseal(store->seal, key->token_id, key->api_key, plain, sizeof plain, err) !=
-        ERR_NONE) {
-        ++*r->unreadable;
-        return ERR_NONE;
-    }
-    trim(plain);
-    if (plain[0] == '\0')
-        return ERR_NONE;
-    enum err_code code = seal_seal(store->seal, key->token_id, plain, sealed, sizeof sealed, err);
-    explicit_bzero(plain, sizeof plain);
-    if (code == ERR_NONE)
-        code = store->driver->token_reseal(store->self, r->actor, key, sealed, err);
-    *r->sealed += code == ERR_NONE;
-    return code == ERR_NO_SUCH_ROW ? ERR_NONE : code; /* changed by another meanwhile */
-}
-
-enum err_code store_seal_keys(struct store *store, const char *actor, int *sealed, int *unreadable,
-                              struct err *err)
-{
-    struct resealing r = {.actor = actor, .sealed = sealed, .unreadable = unreadable};
-
-    *sealed = *unreadable = 0;
-    if (store->seal == NULL)
-        return err_set(err, ERR_CONFIG,
-                       "seal.key_file is not configured: there is no key to seal by");
-    return each_key(store, reseal, &r, err);
-}
-
-struct key_check {
-    store_key_row *row;
-    void *context;
-};
-
-static enum err_code check_key(struct store *store, const struct store_token_key *key,
-                               void *context, struct err *err)
-{
-    const struct key_check *check = context;
-    char plain[STORE_API_KEY_SIZE];
-    struct err why = {.message = ""};
-    const char *fault = NULL;
-
-    (void)err;
-    if (!seal_is_sealed(key->api_key))
-        fault = "";
-    else if (seal_unseal(store->seal, key->token_id, key->api_key, plain, sizeof plain, &why) !=
-             ERR_NONE)
-        fault = why.message;
-    explicit_bzero(plain, sizeof plain);
-    check->row(check->context, key->token_id, fault);
-    return ERR_NONE;
-}
-
-enum err_code store_check_keys(struct store *store, store_key_row *row, void *context,
-                               struct err *err)
-{
-    struct key_check check = {.row = row, .context = context};
-    return each_key(store, check_key, &check, err);
 }
 
 enum err_code store_token_set_limit(struct store *store, const char *actor, int64_t token_id,
@@ -890,28 +474,11 @@ enum err_code store_client_key_revoke(struct store *store, const char *actor, co
     return store->driver->client_key_revoke(store->self, actor, id, err);
 }
 
-static enum err_code query_outbox(struct store *store, enum store_view view,
-                                  const struct store_filter *filter, store_row *row, void *context,
-                                  struct err *err)
-{
-    struct store_outbox_status status = {0};
-    struct outbox *outbox = NULL;
-    enum err_code code = find_outbox(store, &outbox, err);
-
-    if (code == ERR_NONE && view == VIEW_OUTBOX)
-        return outbox == NULL ? ERR_NONE : outbox_query(outbox, filter, row, context, err);
-    if (code == ERR_NONE && outbox != NULL)
-        code = outbox_status(outbox, &status, err);
-    if (code == ERR_NONE)
-        outbox_show_status(&status, row, context);
-    return code;
-}
-
 enum err_code store_query(struct store *store, enum store_view view,
                           const struct store_filter *filter, store_row *row, void *context,
                           struct err *err)
 {
     if (view == VIEW_OUTBOX || view == VIEW_OUTBOX_BY_STATE)
-        return query_outbox(store, view, filter, row, context, err);
+        return store_query_outbox(store, view, filter, row, context, err);
     return store->driver->query(store->self, view, filter, row, context, err);
 }

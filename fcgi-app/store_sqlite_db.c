@@ -26,25 +26,7 @@
 #include <unistd.h>
 
 #include "text.h"
-
-/* The thread sanitizers of gcc 12 and clang 14 do not know pthread_mutex_clocklock(). */
-#if defined(__SANITIZE_THREAD__)
-#define HAS_TSAN 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define HAS_TSAN 1
-#endif
-#endif
-#ifdef HAS_TSAN
-#include <sanitizer/tsan_interface.h>
-#define TSAN_BEFORE_LOCK(mutex) __tsan_mutex_pre_lock((mutex), __tsan_mutex_try_lock)
-#define TSAN_AFTER_LOCK(mutex, locked) \
-    __tsan_mutex_post_lock((mutex),    \
-                           (locked) ? __tsan_mutex_try_lock : __tsan_mutex_try_lock_failed, 0)
-#else
-#define TSAN_BEFORE_LOCK(mutex) ((void)0)
-#define TSAN_AFTER_LOCK(mutex, locked) ((void)0)
-#endif
+#include "tsan.h"
 
 #define TICK_SIGNAL (SIGRTMIN + 1)
 #define TICK_NS 50000000L

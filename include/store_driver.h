@@ -1,4 +1,4 @@
-/* store_driver.h - what a driver of the store gives to store.c; nobody else includes this.
+/* store_driver.h - what a driver of the store gives to store.c and the files beside it; nobody else includes this.
  *
  * A driver knows nothing of batching or waiting: it gets whole arrays, one transaction each, and
  * sets every item's code. It checks each item's data first (ERR_BAD_VALUE) so that one bad item

@@ -14,6 +14,7 @@
 #include <pthread.h>
 #include <sqlite3.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,6 +57,8 @@ struct rows {
     sqlite3_stmt *statements[STATEMENTS];
     int turn_fd, log_fd;
     char host[256];
+    int64_t pid;
+    _Atomic uint64_t next_id; /* from a random one on */
 
     pthread_mutex_t lock;
     struct rows_request *first, **last; /* those that wait */
@@ -158,7 +161,7 @@ static void reserve(struct run *run, struct rows_request *r)
         return;
     add_sums(run, r->token_id, 0, ESTIMATE);
     run_sql(run->rows, RESERVE, "titttititt", r->id, r->token_id, r->company, r->branch, r->user,
-            (int64_t)ESTIMATE, run->rows->host, (int64_t)getpid(), run->now, run->expires);
+            (int64_t)ESTIMATE, run->rows->host, run->rows->pid, run->now, run->expires);
     r->reservation_id = sqlite3_last_insert_rowid(run->rows->db);
 }
 
@@ -244,9 +247,9 @@ static void submit(struct rows *rows, struct rows_request *r)
     struct rows_request *all = take_all(rows);
     pthread_mutex_unlock(&rows->lock);
     write_all(rows, all);
-    pass_on(rows);
     if (fdatasync(rows->log_fd) != 0)
         die(rows, "fdatasync");
+    pass_on(rows);
     for (struct rows_request *next; all != NULL; all = next) {
         next = all->next;
         if (all != r) {
@@ -264,22 +267,19 @@ void rows_init(struct rows_request *r)
 }
 
 /* A UUIDv7: those of the same time stand side by side in an index. */
-static void make_id(int64_t ms, char out[ROWS_ID_SIZE])
+static void make_id(struct rows *rows, int64_t ms, char out[ROWS_ID_SIZE])
 {
-    uint64_t r[2] = {0};
+    uint64_t n = atomic_fetch_add(&rows->next_id, 1);
 
-    if (getrandom(r, sizeof r, 0) != (ssize_t)sizeof r)
-        exit(1);
     snprintf(out, ROWS_ID_SIZE, "%08x-%04x-7%03x-%04x-%012llx", (unsigned)(ms >> 16),
-             (unsigned)(ms & 0xffff), (unsigned)(r[0] & 0xfff),
-             (unsigned)(0x8000 | (r[0] >> 12 & 0x3fff)),
-             (unsigned long long)(r[1] & 0xffffffffffff));
+             (unsigned)(ms & 0xffff), (unsigned)(n >> 48 & 0xfff), (unsigned)(0x8000 | n >> 60),
+             (unsigned long long)(n & 0xffffffffffff));
 }
 
 int rows_reserve(struct rows *rows, struct rows_request *r)
 {
     r->begun_ms = now_ms();
-    make_id(r->begun_ms, r->id);
+    make_id(rows, r->begun_ms, r->id);
     r->token_id = 0;
     r->is_answered = 0;
     submit(rows, r);
@@ -352,6 +352,11 @@ struct rows *rows_open(const char *path)
     pthread_mutex_init(&rows->lock, NULL);
     rows->last = &rows->first;
     gethostname(rows->host, sizeof rows->host - 1);
+    rows->pid = getpid();
+    uint64_t first_id = 0;
+    if (getrandom(&first_id, sizeof first_id, 0) != (ssize_t)sizeof first_id)
+        exit(1);
+    atomic_init(&rows->next_id, first_id);
     rows->turn_fd = open_beside(path, ".lock", O_CREAT);
     if (sqlite3_open_v2(path, &rows->db, SQLITE_OPEN_READWRITE, NULL) != SQLITE_OK ||
         rows->turn_fd < 0 || flock(rows->turn_fd, LOCK_EX) != 0 ||

@@ -177,17 +177,30 @@ static void settle(struct run *run, const struct rows_request *r)
             run->rows->host);
 }
 
-static void write_all(struct rows *rows, struct rows_request *first)
+/* All that wait are the writer's from now on. */
+static struct rows_request *take_all(struct rows *rows)
+{
+    pthread_mutex_lock(&rows->lock);
+    struct rows_request *first = rows->first;
+    rows->first = NULL;
+    rows->last = &rows->first;
+    pthread_mutex_unlock(&rows->lock);
+    return first;
+}
+
+/* Returns those who are to be told, once it is on the disk. */
+static struct rows_request *write_all(struct rows *rows)
 {
     struct run run = {.rows = rows};
-    int64_t ms = now_ms();
 
-    format_time(ms, run.now);
-    format_time(ms + RESERVED_MS, run.expires);
     if (flock(rows->turn_fd, LOCK_EX) != 0)
         die(rows, "flock");
+    struct rows_request *all = take_all(rows); /* with those that have come during the wait */
+    int64_t ms = now_ms();
+    format_time(ms, run.now);
+    format_time(ms + RESERVED_MS, run.expires);
     run_sql(rows, BEGIN, "");
-    for (struct rows_request *r = first; r != NULL; r = r->next) {
+    for (struct rows_request *r = all; r != NULL; r = r->next) {
         if (r->is_answered)
             settle(&run, r);
         else
@@ -196,19 +209,10 @@ static void write_all(struct rows *rows, struct rows_request *first)
     write_sums(&run);
     run_sql(rows, COMMIT, "");
     flock(rows->turn_fd, LOCK_UN);
+    return all;
 }
 
 /* ---- those who wait ---- */
-
-/* Under the lock: all that wait are the writer's from now on. */
-static struct rows_request *take_all(struct rows *rows)
-{
-    struct rows_request *first = rows->first;
-
-    rows->first = NULL;
-    rows->last = &rows->first;
-    return first;
-}
 
 /* The first of those that have come meanwhile is the next writer. */
 static void pass_on(struct rows *rows)
@@ -234,28 +238,22 @@ static void submit(struct rows *rows, struct rows_request *r)
     pthread_mutex_lock(&rows->lock);
     r->next = NULL;
     r->leads = !rows->has_writer;
+    rows->has_writer = 1;
     *rows->last = r;
     rows->last = &r->next;
-    if (!r->leads) {
-        pthread_mutex_unlock(&rows->lock);
-        wait_for(r);
-        if (!r->leads) /* another has written it */
-            return;
-        pthread_mutex_lock(&rows->lock);
-    }
-    rows->has_writer = 1;
-    struct rows_request *all = take_all(rows);
     pthread_mutex_unlock(&rows->lock);
-    write_all(rows, all);
+    if (!r->leads)
+        wait_for(r);
+    if (!r->leads) /* another has written it */
+        return;
+    struct rows_request *all = write_all(rows);
     if (fdatasync(rows->log_fd) != 0)
         die(rows, "fdatasync");
     pass_on(rows);
     for (struct rows_request *next; all != NULL; all = next) {
         next = all->next;
-        if (all != r) {
-            all->leads = 0;
+        if (all != r)
             sem_post(&all->wake);
-        }
     }
 }
 

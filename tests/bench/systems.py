@@ -1,6 +1,6 @@
-"""What is measured, each in processes of its own: the product, the floor (floor.c), without rows and with, and the stack that people would use
-instead (python_stack.py), all before the same stand-in for Gemini. Product and floor stand behind the same nginx; the
-Python stack is asked directly, which is generous."""
+"""What is measured, each in processes of its own: the product, the floor (floor.c), with and without rows, and the stack
+that people would use instead (python_stack.py), all before the same stand-in for Gemini. Product and floor stand behind
+the same nginx; the Python stack is asked directly, which is generous."""
 from __future__ import annotations
 
 import json

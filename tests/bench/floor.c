@@ -138,16 +138,20 @@ static int post(CURL *curl, struct body *body, struct answer *answer)
            curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &status) == CURLE_OK && status == 200;
 }
 
-/* The same between a reservation and its settlement, with the key of the company's token. */
-static int post_with_rows(struct worker *w, const char *data, size_t len, struct body *body)
+/* With rows between a reservation and its settlement, and by the key of the company's token. */
+static int call(struct worker *w, const FCGX_Request *request, const char *data, size_t len,
+                struct body *body)
 {
     char header[sizeof w->row.api_key + 32];
     struct curl_slist key = {.data = header, .next = w->floor->headers};
 
+    if (w->floor->rows == NULL)
+        return post(w->curl, body, &w->answer);
     find_field(data, len, "name=\"companyID\"", w->row.company);
     find_field(data, len, "name=\"username\"", w->row.user);
     find_field(data, len, "name=\"branch\"", w->row.branch);
     w->row.bytes = body->len;
+    w->row.proxy_id = FCGX_GetParam("PROXY_REQUEST_ID", request->envp);
     if (!rows_reserve(w->floor->rows, &w->row))
         return 0;
     snprintf(header, sizeof header, "x-goog-api-key: %s", w->row.api_key);
@@ -168,6 +172,7 @@ static void serve(FCGX_Request *request, struct worker *w)
     struct body body = {0};
 
     w->answer.len = 0;
+    w->answer.data[0] = '\0';
     if (len > 0 && path != NULL) {
         int fd = open(path, O_RDONLY | O_CLOEXEC);
         data = fd < 0 ? MAP_FAILED : mmap(NULL, len, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -182,8 +187,7 @@ static void serve(FCGX_Request *request, struct worker *w)
         find_file(data, len, type, &body);
     if (len == 0) /* /healthz */
         FCGX_PutS("Status: 200 OK\r\nContent-Type: text/plain\r\n\r\nfloor\n", request->out);
-    else if (body.file != NULL && (w->floor->rows == NULL ? post(w->curl, &body, &w->answer)
-                                                          : post_with_rows(w, data, len, &body))) {
+    else if (body.file != NULL && call(w, request, data, len, &body)) {
         FCGX_PutS("Status: 200 OK\r\nContent-Type: application/json\r\n\r\n", request->out);
         FCGX_PutStr(w->answer.data, (int)w->answer.len, request->out);
     } else {
@@ -218,7 +222,7 @@ static CURL *new_client(struct curl_slist *headers)
 
 static void *work(void *context)
 {
-    struct worker *w = calloc(1, sizeof *w);
+    struct worker *w = malloc(sizeof *w); /* not cleared: most of it stays untouched */
     FCGX_Request request;
 
     if (w == NULL || FCGX_InitRequest(&request, 0, 0) != 0)

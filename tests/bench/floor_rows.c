@@ -23,8 +23,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define ESTIMATE 8000 /* gemini.reserve_tokens, as shipped */
-#define RESERVED_MS 150000
+#define ESTIMATE 8000      /* gemini.reserve_tokens, as shipped */
+#define RESERVED_MS 180000 /* server.deadline, and a minute */
 #define TIME_SIZE 25
 
 enum { BEGIN, COMMIT, TOKEN, SUMS, RESERVE, CLOSE, USAGE, ENTRY, STATEMENTS };
@@ -322,9 +322,9 @@ void rows_settle(struct rows *rows, struct rows_request *r, const char *answer)
     r->duration_ms = now_ms() - r->begun_ms;
     snprintf(r->message, sizeof r->message,
              "extracted: company=%s user=%s type=application/pdf bytes=%zu attempts=1 tokens=%lld "
-             "model=%s ms=%lld",
+             "model=%s ms=%lld proxy_request_id=%s",
              r->company, r->user, r->bytes, (long long)r->tokens[ROWS_TOTAL], r->model,
-             (long long)r->duration_ms);
+             (long long)r->duration_ms, r->proxy_id == NULL ? "-" : r->proxy_id);
     r->is_answered = 1;
     submit(rows, r);
 }

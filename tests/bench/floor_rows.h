@@ -26,7 +26,8 @@ struct rows;
 struct rows_request {
     char company[ROWS_TEXT_SIZE], user[ROWS_TEXT_SIZE], branch[ROWS_TEXT_SIZE]; /* of the form */
     size_t bytes;                                                               /* of the file */
-    char api_key[1025]; /* what rows_reserve found for the company */
+    const char *proxy_id; /* nginx's, or NULL */
+    char api_key[1025];   /* what rows_reserve found for the company */
 
     /* floor_rows.c's own */
     char id[ROWS_ID_SIZE];

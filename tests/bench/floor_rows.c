@@ -221,7 +221,7 @@ static void pass_on(struct rows *rows)
     struct rows_request *next = rows->first;
     rows->has_writer = next != NULL;
     if (next != NULL)
-        next->leads = 1;
+        next->leads = 1; /* it sees that once it is woken */
     pthread_mutex_unlock(&rows->lock);
     if (next != NULL)
         sem_post(&next->wake);
@@ -236,16 +236,18 @@ static void wait_for(struct rows_request *r)
 static void submit(struct rows *rows, struct rows_request *r)
 {
     pthread_mutex_lock(&rows->lock);
-    r->next = NULL;
-    r->leads = !rows->has_writer;
+    int waits = rows->has_writer;
     rows->has_writer = 1;
+    r->leads = 0;
+    r->next = NULL;
     *rows->last = r;
     rows->last = &r->next;
     pthread_mutex_unlock(&rows->lock);
-    if (!r->leads)
+    if (waits) {
         wait_for(r);
-    if (!r->leads) /* another has written it */
-        return;
+        if (!r->leads) /* another has written it */
+            return;
+    }
     struct rows_request *all = write_all(rows);
     if (fdatasync(rows->log_fd) != 0)
         die(rows, "fdatasync");

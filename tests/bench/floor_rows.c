@@ -6,7 +6,10 @@
  * them use is read once, and its sums are written once.
  *
  * As in the product (fcgi-app/store_sqlite_db.c says why), processes take turns by flock(), and a turn
- * ends with the commit: the next one writes while the disk is waited for, and only then is anyone answered.
+ * ends with the commit: another process writes while this one waits for the disk, and only then is anyone
+ * answered. Within a process the next writer begins after that wait: measured, runs are larger then, and a
+ * request costs an eighth (two processes) to a quarter (one) less processor time.
+ *
  * No request is looked for that came before, none is refused, nothing is tried again, no limit is held. */
 #include "floor_rows.h"
 

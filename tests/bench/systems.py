@@ -218,7 +218,7 @@ class Product(Recorded):
             ON CONFLICT (TokenID) DO UPDATE SET TotalUsedTokens = TotalUsedTokens + excluded.TotalUsedTokens""", company, count)
 
     def audit(self) -> None:
-        """And no log entry was dropped."""
+        """All that, and no log entry was dropped."""
         super().audit()
         if dropped := self.metric("extract_log_entries_dropped_total"):
             raise Wrong(f"{self.name}: {dropped:.0f} log entries were dropped")

@@ -204,11 +204,10 @@ static bool fits(json_object *schema, json_object *value)
 static json_object *shape_value(struct shaping *s, json_object *schema, json_object *value,
                                 int depth);
 
-/* A copy of the object with the fields that the schema knows, in the answer's order. */
-static json_object *shape_object(struct shaping *s, json_object *schema, json_object *object,
-                                 int depth)
+/* Leaves the members that the schema knows, in the answer's order. */
+static void shape_object(struct shaping *s, json_object *schema, json_object *object, int depth)
 {
-    json_object *properties, *shaped = json_object_new_object();
+    json_object *properties;
     bool known = json_object_object_get_ex(schema, "properties", &properties);
 
     json_object_object_foreach(object, name, value)
@@ -216,35 +215,39 @@ static json_object *shape_object(struct shaping *s, json_object *schema, json_ob
         json_object *property = NULL;
         size_t len = s->pointer.len;
         pointer_push(&s->pointer, name);
-        if (known && !json_object_object_get_ex(properties, name, &property))
+        if (known && !json_object_object_get_ex(properties, name, &property)) {
             warn(s->warnings, "unknown_field", buf_str(&s->pointer),
                  "The schema does not know this field; it was dropped.");
-        else
-            json_object_object_add(shaped, name, shape_value(s, property, value, depth + 1));
+            json_object_object_del(object, name);
+        } else {
+            json_object *shaped = shape_value(s, property, value, depth + 1);
+            if (shaped != value)
+                json_object_object_add(object, name, shaped);
+        }
         pointer_pop(&s->pointer, len);
     }
-    return shaped;
 }
 
-static json_object *shape_array(struct shaping *s, json_object *schema, json_object *array,
-                                int depth)
+static void shape_array(struct shaping *s, json_object *schema, json_object *array, int depth)
 {
-    json_object *items = NULL, *shaped = json_object_new_array();
+    json_object *items = NULL;
     char index[24];
 
     json_object_object_get_ex(schema, "items", &items);
     for (size_t i = 0; i < json_object_array_length(array); i++) {
+        json_object *value = json_object_array_get_idx(array, i);
         size_t len = s->pointer.len;
         snprintf(index, sizeof index, "%zu", i);
         pointer_push(&s->pointer, index);
-        json_object_array_add(
-            shaped, shape_value(s, items, json_object_array_get_idx(array, i), depth + 1));
+        json_object *shaped = shape_value(s, items, value, depth + 1);
+        if (shaped != value)
+            json_object_array_put_idx(array, i, shaped);
         pointer_pop(&s->pointer, len);
     }
-    return shaped;
 }
 
-/* Returns a new reference; NULL is JSON's null. A NULL schema allows all. */
+/* Returns value, shaped in its place, or what is to take its place, a new reference; NULL is JSON's
+ * null. A NULL schema allows all. */
 static json_object *shape_value(struct shaping *s, json_object *schema, json_object *value,
                                 int depth)
 {
@@ -268,10 +271,10 @@ static json_object *shape_value(struct shaping *s, json_object *schema, json_obj
         return NULL;
     }
     if (json_object_is_type(value, json_type_object))
-        return shape_object(s, schema, value, depth);
-    if (json_object_is_type(value, json_type_array))
-        return shape_array(s, schema, value, depth);
-    return json_object_get(value);
+        shape_object(s, schema, value, depth);
+    else if (json_object_is_type(value, json_type_array))
+        shape_array(s, schema, value, depth);
+    return value;
 }
 
 /* ---- the meaning ---- */
@@ -439,10 +442,10 @@ bool invoice_parse(struct invoice *invoice, const struct invoice_schema *schema,
     }
     struct shaping s = {.warnings = json_object_new_array()};
     buf_init(&s.pointer, MAX_POINTER);
-    invoice->data = shape_object(&s, schema->root, root, 0);
+    shape_object(&s, schema->root, root, 0);
+    invoice->data = root;
     invoice->warnings = s.warnings;
     buf_reset(&s.pointer);
-    json_object_put(root);
     check_sums(invoice->data, invoice->warnings);
     check_iban(invoice->data, invoice->warnings);
     return true;

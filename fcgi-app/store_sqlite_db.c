@@ -139,6 +139,7 @@ void sqlite_disconnect(struct sqlite_db *db)
 {
     for (size_t i = 0; i < db->cached; i++)
         sqlite3_finalize(db->cache[i].statement);
+    sqlite_forget_usable(db);
     sqlite3_close(db->handle);
     *db = (struct sqlite_db){0};
 }

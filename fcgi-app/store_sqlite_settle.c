@@ -75,9 +75,8 @@ static enum err_code look(struct sqlite_tx *tx, const struct store_settlement *s
         " LEFT JOIN TokenUsageSummary s ON s.TokenID = ?2";
     sqlite3_stmt *row = NULL;
     int result = SQLITE_ROW;
-    enum err_code code =
-        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(s->request_id), sql_int(s->token_id),
-                         sql_int(s->usage.total_tokens));
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(s->request_id),
+                                          sql_int(s->token_id), sql_int(s->usage.total_tokens));
 
     *b = (struct before){0};
     memcpy(b->company, s->company_id, strlen(s->company_id) + 1);

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MANY 16 /* tokens of a company; reading more takes longer than remembering them */
+#define MANY 4 /* tokens of a company; reading more takes longer than remembering them */
 #define TRIES 4
 
 struct candidate {

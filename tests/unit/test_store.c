@@ -479,6 +479,7 @@ static void makes_a_missing_summary(void **state)
     sql("DELETE FROM TokenUsageSummary");
     struct store_settlement s = a_settlement(ID(2), 1, 50);
     settle(&s);
+    assert_false(s.threshold_crossed || s.exceeded);
     expect("750|250|100",
            "SELECT TotalUsedTokens, TotalRemainingTokens, ReservedTokens FROM TokenUsageSummary");
     /* and knows then how far the token has come */

@@ -1948,7 +1948,7 @@ static void many_are_taken_as_they_are_now(void **state)
     for (uint64_t choice = 0; choice < 40; choice++) {
         char id[UUID_TEXT_SIZE];
         uuid_v7(id);
-        a = an_acquire(id, "nt047");
+        a = an_acquire(id, "NT047");
         a.choice = choice;
         assert_int_equal(GRANT_TOKEN, acquire(&a));
         assert_int_equal(2, a.token_id % 3);
@@ -1956,10 +1956,10 @@ static void many_are_taken_as_they_are_now(void **state)
         assert_string_equal("NT047", a.company_id_stored);
     }
     sql("UPDATE TokenMaster SET TotalTokenLimit = 0");
-    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("nt047", &a));
+    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
     assert_string_equal("", a.api_key);
     int64_t added = add_token("NT047", -1);
-    assert_int_equal(GRANT_TOKEN, acquire_new("nt047", &a));
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
     assert_int_equal(added, a.token_id);
     expect_sums();
 }

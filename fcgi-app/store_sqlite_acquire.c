@@ -168,7 +168,7 @@ static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_i
                            SQLITE_PARAMS(sql_text(company_id)));
 }
 
-/* The one with this TokenID, where it is one. */
+/* The one with this TokenID, where it is one. (+: by its row, not by the index of companies.) */
 static enum err_code find_one(struct sqlite_tx *tx, const char *company_id, int64_t token_id,
                               struct candidates *found, struct err *err)
 {
@@ -289,7 +289,7 @@ static enum err_code try_some(struct sqlite_tx *tx, const struct store_acquire *
         if (code == ERR_NONE && found->count == 1 && classify(&found->all[0], a) == FIT_USABLE)
             *chosen = &found->all[0];
         choice = choice * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-        choice ^= choice >> 32; /* the next random number: its upper half is the random one */
+        choice ^= choice >> 32; /* another random number; the upper half is the random one */
     }
     return code;
 }

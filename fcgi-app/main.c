@@ -179,6 +179,7 @@ static enum err_code open_app(struct app *app, struct err *err)
 
 static void close_app(struct app *app)
 {
+    store_stop_background(app->store); /* it has log entries of its own */
     if (app->recorder != NULL) {
         log_set_sink(NULL, NULL);
         recorder_stop(app->recorder, FLUSH_MS);

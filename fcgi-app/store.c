@@ -199,13 +199,7 @@ void store_close(struct store *store)
 {
     if (store == NULL)
         return;
-    if (store->has_thread) {
-        pthread_mutex_lock(&store->lock);
-        atomic_store(&store->stopping, true);
-        pthread_cond_signal(&store->wake);
-        pthread_mutex_unlock(&store->lock);
-        pthread_join(store->thread, NULL);
-    }
+    store_stop_background(store);
     outbox_close(store->outbox);
     batch_free(store->settlements.batch);
     batch_free(store->acquires.batch);

@@ -268,3 +268,15 @@ enum err_code store_start_background(struct store *store, struct err *err)
     store->has_thread = true;
     return ERR_NONE;
 }
+
+void store_stop_background(struct store *store)
+{
+    if (store == NULL || !store->has_thread)
+        return;
+    pthread_mutex_lock(&store->lock);
+    atomic_store(&store->stopping, true);
+    pthread_cond_signal(&store->wake);
+    pthread_mutex_unlock(&store->lock);
+    pthread_join(store->thread, NULL);
+    store->has_thread = false;
+}

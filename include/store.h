@@ -34,10 +34,12 @@ struct store_driver;
 struct store *store_open_with(const struct store_driver *driver, const struct config *config,
                               struct err *err) MUST_CHECK;
 /* What a service does beside its requests: replays the outbox every few seconds, expires
- * reservations every minute, in a thread that store_close ends. Opens the outbox now, which is
- * otherwise opened when it is first needed: a tool works without a state_dir that it can write.
+ * reservations every minute, in a thread. Opens the outbox now, which is otherwise opened when it is
+ * first needed: a tool works without a state_dir that it can write.
  * Errors: ERR_CONFIG (server.state_dir), ERR_STORAGE_FULL, ERR_INTERNAL. */
 enum err_code store_start_background(struct store *store, struct err *err) MUST_CHECK;
+/* Ends that thread, once it has finished what it is at; store_close does, too. NULL: nothing. */
+void store_stop_background(struct store *store);
 void store_close(struct store *store);
 
 /* For a tool that watches what takes long: called before each step of store_seal_keys, store_check_keys

@@ -306,6 +306,23 @@ def test_reservation_that_nobody_heard_of_is_released(make: MakeStack, tds: TdsS
     stack.balanced()
 
 
+def test_what_is_done_at_the_end_is_logged(make: MakeStack, tds: TdsServer) -> None:
+    """A process is told to stop while reservations expire: that they have stands in the log, like all else."""
+    stack = make()
+    token_id = stack.token()
+    stack.stop_pool()
+    stack.socket.unlink()
+    stack.sql("INSERT INTO TokenReservations (RequestID, Sequence, TokenID, CompanyID, CreatedAt, ExpiresAt)"
+              " VALUES ('lost', 1, ?, 'NT047', '2026-01-01 00:00:00', '2026-01-01 00:03:00')", token_id)
+    tds.control(do="fault", kind="slow", procedure="usp_ExpireReservations", seconds=1)
+    stack.start_pool()
+    eventually(lambda: tds.control(do="state")["waiting"] == [], "reservations are being expired")
+    stack.stop_pool()
+    assert stack.sql("SELECT State FROM TokenReservations") == [{"State": "unsettled"}]
+    assert stack.sql("SELECT LogLevel FROM ApplicationLogs WHERE Message = ?",
+                     "1 reservations of ended processes are unsettled now") == [{"LogLevel": "WARNING"}]
+
+
 @pytest.mark.parametrize("number", [1205, 9002, 8134])
 def test_what_reserved_nothing_needs_no_release(make: MakeStack, tds: TdsServer, emulator: Emulator, pdf: bytes,
                                                 number: int) -> None:

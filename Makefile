@@ -185,9 +185,9 @@ bench: ## Measure, beside what people would use instead: PART=throughput,latency
 	@$(if $(MSSQL_SERVER),$(MSSQL)) BUILD=$(BUILD) PART='$(PART)' RUNS='$(RUNS)' PATH="$$PATH:/usr/sbin" PYTHONDONTWRITEBYTECODE=1 \
 	    /usr/bin/python3 tests/bench/bench.py
 
-$(BUILD)/tests/bench/floor: tests/bench/floor.c Makefile
+$(BUILD)/tests/bench/floor: tests/bench/floor.c tests/bench/floor_rows.c tests/bench/floor_rows.h Makefile
 	@mkdir -p $(@D)
-	$(Q)$(CC) -std=c17 $(CPPFLAGS) $(WARNINGS) -O2 -g -pthread -o $@ $< $(LDFLAGS) $(LDLIBS)
+	$(Q)$(CC) -std=c17 $(CPPFLAGS) $(WARNINGS) -O2 -g -pthread -o $@ $(filter %.c,$^) $(LDFLAGS) $(LDLIBS)
 
 $(BUILD)/tests/bench/count_io.so: tests/bench/count_io.c Makefile
 	@mkdir -p $(@D)

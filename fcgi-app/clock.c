@@ -43,15 +43,29 @@ void clock_sleep_until(int64_t monotonic_ms)
         ;
 }
 
+static char *put(char *out, int n, int digits, char after)
+{
+    for (int i = digits - 1; i >= 0; i--, n /= 10)
+        out[i] = (char)('0' + n % 10);
+    out[digits] = after;
+    return out + digits + 1;
+}
+
+/* By hand: strftime and snprintf take ten times as long, and each row has a time. */
 void clock_format(int64_t wall_ms, char out[CLOCK_TEXT_SIZE])
 {
     time_t seconds = (time_t)(wall_ms / 1000);
-    char date[32];
     struct tm tm;
 
     gmtime_r(&seconds, &tm);
-    strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%S", &tm);
-    snprintf(out, CLOCK_TEXT_SIZE, "%.19s.%03uZ", date, (unsigned)(wall_ms % 1000) % 1000u);
+    out = put(out, tm.tm_year + 1900, 4, '-');
+    out = put(out, tm.tm_mon + 1, 2, '-');
+    out = put(out, tm.tm_mday, 2, 'T');
+    out = put(out, tm.tm_hour, 2, ':');
+    out = put(out, tm.tm_min, 2, ':');
+    out = put(out, tm.tm_sec, 2, '.');
+    out = put(out, (int)(wall_ms % 1000), 3, 'Z');
+    *out = '\0';
 }
 
 /* "24h": that long ago. */

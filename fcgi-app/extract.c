@@ -33,12 +33,16 @@
 
 #define MAX_TEXT 256
 
+/* What is looked for in an upload while it comes in. */
+enum { MARK_DELIMITER, MARK_PAGE, MARKS };
+
 struct extraction {
     struct worker *worker;
     struct app *app;
     struct request *request;
     int64_t deadline_ms;
     struct upload upload;
+    struct find_marks marks[MARKS];
     struct store_client_key client; /* id empty: auth.mode is none */
     /* the form */
     const char *company, *user, *branch; /* NULL until read */
@@ -143,12 +147,19 @@ static enum err_code read_form(struct extraction *x)
                        "Idempotency-Key must have 1 to %d visible ASCII characters.",
                        STORE_IDEMPOTENCY_MAX);
     }
-    enum err_code code = upload_open(&x->upload, request, x->app->config, &x->err);
+    enum err_code code =
+        multipart_delimiter(request->content_type, &x->marks[MARK_DELIMITER], &x->err);
+    if (code != ERR_NONE) {
+        request_drain(request);
+        return code;
+    }
+    find_marks_init(&x->marks[MARK_PAGE], MEDIA_PAGE_MARK, sizeof MEDIA_PAGE_MARK - 1);
+    code = upload_open(&x->upload, request, x->app->config, x->marks, MARKS, &x->err);
     if (code != ERR_NONE)
         return code;
     metrics_add(METRIC_UPLOAD_BYTES, (int64_t)x->upload.len);
-    code = multipart_parse(&request->arena, request->content_type, x->upload.data, x->upload.len,
-                           parts, &count, &x->err);
+    code = multipart_parse(&request->arena, &x->marks[MARK_DELIMITER], x->upload.data,
+                           x->upload.len, parts, &count, &x->err);
     for (size_t i = 0; code == ERR_NONE && i < count; i++)
         code = take_part(x, &parts[i]);
     if (code != ERR_NONE)
@@ -393,7 +404,8 @@ static enum err_code run(struct extraction *x)
         return err_set(&x->err, ERR_RATE_LIMITED, "the company holds its share of the workers");
 
     int64_t begun = clock_monotonic_ms();
-    int64_t guess = media_estimate_tokens(x->kind, x->file, x->file_len);
+    int64_t guess =
+        media_estimate_tokens(x->kind, x->file, x->file_len, &x->marks[MARK_PAGE], x->upload.data);
     int64_t reserve = config->gemini.reserve_tokens;
     tokens_init(&x->tokens, x->app, &request->arena, request->id, x->company, x->branch, x->user,
                 x->client.id[0] == '\0' ? NULL : x->client.id, request->idempotency_key,

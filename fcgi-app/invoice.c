@@ -135,34 +135,44 @@ static void warn(json_object *warnings, const char *code, const char *field, con
     json_object_array_add(warnings, warning);
 }
 
-/* Appends "/name" to a JSON Pointer (RFC 6901: ~ becomes ~0, / becomes ~1). */
-static void pointer_push(struct buf *pointer, const char *name)
+/* The way from the answer's root to a value, innermost first. */
+struct step {
+    const struct step *up; /* NULL: the root */
+    const char *name;      /* of a member; NULL: an array's element */
+    size_t index;
+};
+
+/* Appends the way as a JSON Pointer (RFC 6901: ~ becomes ~0, / becomes ~1). */
+static void append_pointer(struct buf *pointer, const struct step *step)
 {
+    if (step == NULL)
+        return;
+    append_pointer(pointer, step->up);
     buf_append_char(pointer, '/');
-    for (; *name != '\0'; name++) {
-        if (*name == '~')
+    if (step->name == NULL)
+        buf_printf(pointer, "%zu", step->index);
+    for (const char *c = step->name; c != NULL && *c != '\0'; c++) {
+        if (*c == '~')
             buf_append_str(pointer, "~0");
-        else if (*name == '/')
+        else if (*c == '/')
             buf_append_str(pointer, "~1");
         else
-            buf_append_char(pointer, *name);
+            buf_append_char(pointer, *c);
     }
 }
 
-static void pointer_pop(struct buf *pointer, size_t len)
+static void warn_at(json_object *warnings, const char *code, const struct step *step,
+                    const char *detail)
 {
-    pointer->failed = false; /* a name too long to point at does not spoil the pointers after it */
-    pointer->len = len;
-    if (pointer->data != NULL)
-        pointer->data[len] = '\0';
+    struct buf pointer;
+
+    buf_init(&pointer, MAX_POINTER);
+    append_pointer(&pointer, step);
+    warn(warnings, code, buf_str(&pointer), detail);
+    buf_reset(&pointer);
 }
 
 /* ---- the shape ---- */
-
-struct shaping {
-    json_object *warnings;
-    struct buf pointer;
-};
 
 /* Does the schema allow the type? Without "type" it allows all. */
 static bool allows(json_object *schema, const char *type)
@@ -201,57 +211,56 @@ static bool fits(json_object *schema, json_object *value)
     return false;
 }
 
-static json_object *shape_value(struct shaping *s, json_object *schema, json_object *value,
-                                int depth);
+static json_object *shape_value(json_object *warnings, const struct step *at, json_object *schema,
+                                json_object *value, int depth);
 
-/* A copy of the object with the fields that the schema knows, in the answer's order. */
-static json_object *shape_object(struct shaping *s, json_object *schema, json_object *object,
-                                 int depth)
+/* Leaves the members that the schema knows, in the answer's order. */
+static void shape_object(json_object *warnings, const struct step *at, json_object *schema,
+                         json_object *object, int depth)
 {
-    json_object *properties, *shaped = json_object_new_object();
+    json_object *properties;
     bool known = json_object_object_get_ex(schema, "properties", &properties);
 
     json_object_object_foreach(object, name, value)
     {
         json_object *property = NULL;
-        size_t len = s->pointer.len;
-        pointer_push(&s->pointer, name);
-        if (known && !json_object_object_get_ex(properties, name, &property))
-            warn(s->warnings, "unknown_field", buf_str(&s->pointer),
-                 "The schema does not know this field; it was dropped.");
-        else
-            json_object_object_add(shaped, name, shape_value(s, property, value, depth + 1));
-        pointer_pop(&s->pointer, len);
+        const struct step step = {.up = at, .name = name};
+        if (known && !json_object_object_get_ex(properties, name, &property)) {
+            warn_at(warnings, "unknown_field", &step,
+                    "The schema does not know this field; it was dropped.");
+            json_object_object_del(object, name);
+        } else {
+            json_object *shaped = shape_value(warnings, &step, property, value, depth + 1);
+            if (shaped != value)
+                json_object_object_add(object, name, shaped);
+        }
     }
-    return shaped;
 }
 
-static json_object *shape_array(struct shaping *s, json_object *schema, json_object *array,
-                                int depth)
+static void shape_array(json_object *warnings, const struct step *at, json_object *schema,
+                        json_object *array, int depth)
 {
-    json_object *items = NULL, *shaped = json_object_new_array();
-    char index[24];
+    json_object *items = NULL;
 
     json_object_object_get_ex(schema, "items", &items);
     for (size_t i = 0; i < json_object_array_length(array); i++) {
-        size_t len = s->pointer.len;
-        snprintf(index, sizeof index, "%zu", i);
-        pointer_push(&s->pointer, index);
-        json_object_array_add(
-            shaped, shape_value(s, items, json_object_array_get_idx(array, i), depth + 1));
-        pointer_pop(&s->pointer, len);
+        json_object *value = json_object_array_get_idx(array, i);
+        const struct step step = {.up = at, .index = i};
+        json_object *shaped = shape_value(warnings, &step, items, value, depth + 1);
+        if (shaped != value)
+            json_object_array_put_idx(array, i, shaped);
     }
-    return shaped;
 }
 
-/* Returns a new reference; NULL is JSON's null. A NULL schema allows all. */
-static json_object *shape_value(struct shaping *s, json_object *schema, json_object *value,
-                                int depth)
+/* Returns value, shaped in its place, or what is to take its place, a new reference; NULL is JSON's
+ * null. A NULL schema allows all. */
+static json_object *shape_value(json_object *warnings, const struct step *at, json_object *schema,
+                                json_object *value, int depth)
 {
     if (value == NULL)
         return NULL;
     if (depth > MAX_DEPTH) {
-        warn(s->warnings, "too_deep", buf_str(&s->pointer), "Nested too deeply; it was dropped.");
+        warn_at(warnings, "too_deep", at, "Nested too deeply; it was dropped.");
         return NULL;
     }
     if (!fits(schema, value)) {
@@ -260,18 +269,18 @@ static json_object *shape_value(struct shaping *s, json_object *schema, json_obj
         if (scalar && allows(schema, "string")) {
             /* json-c keeps a number as it was written */
             const char *text = json_object_to_json_string(value);
-            warn(s->warnings, "wrong_type", buf_str(&s->pointer), "Made into a string.");
+            warn_at(warnings, "wrong_type", at, "Made into a string.");
             return json_object_new_string(text);
         }
-        warn(s->warnings, "wrong_type", buf_str(&s->pointer),
-             "Not of the type that the schema asks for; it was dropped.");
+        warn_at(warnings, "wrong_type", at,
+                "Not of the type that the schema asks for; it was dropped.");
         return NULL;
     }
     if (json_object_is_type(value, json_type_object))
-        return shape_object(s, schema, value, depth);
-    if (json_object_is_type(value, json_type_array))
-        return shape_array(s, schema, value, depth);
-    return json_object_get(value);
+        shape_object(warnings, at, schema, value, depth);
+    else if (json_object_is_type(value, json_type_array))
+        shape_array(warnings, at, schema, value, depth);
+    return value;
 }
 
 /* ---- the meaning ---- */
@@ -437,12 +446,9 @@ bool invoice_parse(struct invoice *invoice, const struct invoice_schema *schema,
         json_object_put(root);
         return false;
     }
-    struct shaping s = {.warnings = json_object_new_array()};
-    buf_init(&s.pointer, MAX_POINTER);
-    invoice->data = shape_object(&s, schema->root, root, 0);
-    invoice->warnings = s.warnings;
-    buf_reset(&s.pointer);
-    json_object_put(root);
+    invoice->data = root;
+    invoice->warnings = json_object_new_array();
+    shape_object(invoice->warnings, NULL, schema->root, root, 0);
     check_sums(invoice->data, invoice->warnings);
     check_iban(invoice->data, invoice->warnings);
     return true;

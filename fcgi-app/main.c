@@ -8,6 +8,7 @@
 #include <getopt.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sqlite3.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -262,6 +263,8 @@ int main(int argc, char **argv)
     }
     if (optind < argc)
         return usage(stderr);
+    /* Nobody asks SQLite how much memory it has, and to know it takes a lock for each piece. */
+    sqlite3_config(SQLITE_CONFIG_MEMSTATUS, 0);
 
     block_signals();
     raise_descriptor_limit();

@@ -8,8 +8,6 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "text.h"
-
 #define PDF_HEADER_WITHIN 1024
 #define PDF_END_WITHIN 65536
 #define PDF_END_NEAR 1024 /* where it nearly always is */
@@ -37,8 +35,8 @@ static const char *fault_in_pdf(const unsigned char *data, size_t len)
     size_t near = len < PDF_END_NEAR ? len : PDF_END_NEAR;
     size_t window = len < PDF_END_WITHIN ? len : PDF_END_WITHIN;
 
-    return text_find(end - near, near, "%%EOF", 5) != NULL ||
-                   text_find(end - window, window, "%%EOF", 5) != NULL
+    return find_bytes(end - near, near, "%%EOF", 5) != NULL ||
+                   find_bytes(end - window, window, "%%EOF", 5) != NULL
                ? NULL
                : "PDF without %%EOF";
 }
@@ -194,13 +192,14 @@ const char *media_type(enum media_kind kind)
 
 /* Page objects that stand in the clear: "/Type /Page", not "/Pages". 0 where objects are packed into
  * streams, as PDF 1.5 and later may. */
-static int64_t count_pages(const unsigned char *data, size_t len)
+static int64_t count_pages(const char *data, size_t len, const struct find_marks *marks,
+                           const char *body)
 {
-    const unsigned char *at = data, *end = data + len;
+    const char *at = data, *end = data + len;
     int64_t pages = 0;
 
-    while ((at = text_find(at, (size_t)(end - at), "/Type", 5)) != NULL) {
-        at += 5;
+    while ((at = find_marks_next(marks, body, (size_t)(end - body), at)) != NULL) {
+        at += marks->n;
         while (at < end && (*at == ' ' || *at == '\r' || *at == '\n' || *at == '\t'))
             at++;
         if (end - at > 5 && memcmp(at, "/Page", 5) == 0 && at[5] != 's')
@@ -209,13 +208,14 @@ static int64_t count_pages(const unsigned char *data, size_t len)
     return pages;
 }
 
-int64_t media_estimate_tokens(enum media_kind kind, const unsigned char *data, size_t len)
+int64_t media_estimate_tokens(enum media_kind kind, const unsigned char *data, size_t len,
+                              const struct find_marks *marks, const char *body)
 {
     const int64_t prompt = 1500, page = 1600; /* 560 to 1,120 in for a page, and its lines out */
     int64_t pages = 1;
 
     if (kind == MEDIA_PDF) {
-        pages = count_pages(data, len);
+        pages = count_pages((const char *)data, len, marks, body);
         if (pages == 0)
             pages = 1 + (int64_t)(len / 100000);
         if (pages > 1000) /* the most that Gemini reads */

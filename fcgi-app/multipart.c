@@ -9,8 +9,6 @@
 #include <string.h>
 #include <strings.h>
 
-#include "text.h"
-
 #define MAX_BOUNDARY 70
 
 /* A piece of the body that is still to be read. */
@@ -218,25 +216,32 @@ static enum err_code end_delimiter(struct span *s, bool *closed, struct err *err
     return ERR_NONE;
 }
 
-enum err_code multipart_parse(struct arena *arena, const char *content_type, const char *body,
-                              size_t len, struct multipart_part *parts, size_t *count,
-                              struct err *err)
+enum err_code multipart_delimiter(const char *content_type, struct find_marks *delimiter,
+                                  struct err *err)
 {
-    char delimiter[4 + MAX_BOUNDARY + 2] = "\r\n--";
+    char text[4 + MAX_BOUNDARY + 2] = "\r\n--";
+    enum err_code code = find_boundary(content_type, text + 4, sizeof text - 4, err);
+
+    if (code == ERR_NONE)
+        find_marks_init(delimiter, text, strlen(text));
+    return code;
+}
+
+enum err_code multipart_parse(struct arena *arena, const struct find_marks *delimiter,
+                              const char *body, size_t len, struct multipart_part *parts,
+                              size_t *count, struct err *err)
+{
     struct span s = {body, body + len};
+    size_t n = delimiter->n;
     enum err_code code;
     bool closed;
 
     *count = 0;
-    if ((code = find_boundary(content_type, delimiter + 4, sizeof delimiter - 4, err)) != ERR_NONE)
-        return code;
-    size_t n = strlen(delimiter);
-
     /* The first delimiter may stand at the very beginning, without a CRLF before it. */
-    if (left(&s) >= n - 2 && memcmp(s.at, delimiter + 2, n - 2) == 0) {
+    if (left(&s) >= n - 2 && memcmp(s.at, delimiter->what + 2, n - 2) == 0) {
         s.at += n - 2;
     } else {
-        const char *first = text_find(s.at, left(&s), delimiter, n);
+        const char *first = find_marks_next(delimiter, body, len, s.at);
         if (first == NULL)
             return err_set(err, ERR_BAD_REQUEST, "The body does not begin with its boundary.");
         s.at = first + n;
@@ -250,7 +255,7 @@ enum err_code multipart_parse(struct arena *arena, const char *content_type, con
         if ((code = read_headers(&s, arena, part, err)) != ERR_NONE)
             return code;
         /* An empty part's CRLF may be the one that ended its header. */
-        const char *end = text_find(s.at - 2, left(&s) + 2, delimiter, n);
+        const char *end = find_marks_next(delimiter, body, len, s.at - 2);
         if (end == NULL)
             return err_set(
                 err, ERR_BAD_REQUEST,

@@ -3,14 +3,17 @@
  *
  * SQL finds the company's Active tokens with what they used and reserve; classify() then sorts them
  * and is the only place that knows why one cannot serve; decide() draws the conclusion. Since the
- * whole runs in one write transaction, nothing changes between looking and reserving. */
+ * whole runs in one write transaction, nothing changes between looking and reserving.
+ *
+ * Of a company with many tokens only a few are looked at (store_sqlite_many.c): chance names them, each
+ * as likely as another, and the first that can serve is taken. */
 #include "store_sqlite.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define MANY 32 /* tokens of a company */
+#define MANY 4 /* tokens of a company; reading more takes longer than remembering them */
 #define TRIES 4
 
 struct candidate {
@@ -24,10 +27,17 @@ struct candidate {
     int64_t cooling_ms; /* how long it still cools down; 0 or less: not */
 };
 
+/* What a granted token needs to be used. */
+struct credentials {
+    char company_id[STORE_TEXT_SIZE]; /* as the token spells it */
+    char api_key[STORE_API_KEY_SIZE];
+};
+
 struct candidates {
     struct candidate *all; /* in TokenID order */
     size_t count;
     size_t room;
+    struct credentials last; /* of the last one; the keys of the others are not kept */
 };
 
 enum fitness {
@@ -76,13 +86,26 @@ static const char *find_key(sqlite3_stmt *row, int column, size_t *len)
     return key;
 }
 
+/* False: they can't be used. */
+static bool copy_credentials(struct credentials *c, sqlite3_stmt *row, int company, int key)
+{
+    const char *company_id = (const char *)sqlite3_column_text(row, company);
+    size_t key_len = 0;
+    const char *api_key = find_key(row, key, &key_len);
+
+    if (!store_text_fits(company_id, 1, STORE_TEXT_SIZE - 1) || api_key == NULL)
+        return false;
+    memcpy(c->company_id, company_id, strlen(company_id) + 1);
+    memcpy(c->api_key, api_key, key_len);
+    c->api_key[key_len] = '\0';
+    return true;
+}
+
 /* ---- looking ---- */
 
 static enum err_code add_candidate(struct candidates *found, sqlite3_stmt *row, int64_t now_ms,
                                    struct err *err)
 {
-    size_t key_len;
-
     if (found->count == found->room) {
         size_t room = found->room == 0 ? 16 : 2 * found->room;
         struct candidate *more = realloc(found->all, room * sizeof *more);
@@ -100,30 +123,21 @@ static enum err_code add_candidate(struct candidates *found, sqlite3_stmt *row, 
         .reserved = sqlite3_column_int64(row, 4),
         .cooling_ms =
             sqlite3_column_type(row, 5) == SQLITE_NULL ? 0 : sqlite3_column_int64(row, 5) - now_ms,
-        .has_key = find_key(row, 6, &key_len) != NULL,
+        .has_key = copy_credentials(&found->last, row, 6, 7),
     };
     return ERR_NONE;
 }
 
-#define CANDIDATES(which)                                                               \
-    "SELECT t.TokenID, t.TotalTokenLimit, s.TokenID IS NOT NULL,"                       \
-    " IFNULL(s.TotalUsedTokens, " SQLITE_USED_BY_ROWS "), IFNULL(s.ReservedTokens, 0)," \
-    " CAST(ROUND((julianday(t.CooldownUntil) - 2440587.5) * 86400000.0) AS INTEGER),"   \
-    " t.ApiKey"                                                                         \
-    " FROM TokenMaster t LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID"        \
-    " WHERE " which " AND t.Status = 'Active' AND " SQLITE_PROVIDER_SERVED " ORDER BY t.TokenID"
-
-/* The company's Active tokens. */
-static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_id,
-                                     struct candidates *found, struct err *err)
+/* The company's Active tokens, by a statement of CANDIDATES. */
+static enum err_code read_candidates(struct sqlite_tx *tx, struct candidates *found,
+                                     struct err *err, const char *sql,
+                                     const struct store_value *values, size_t count)
 {
-    static const char ascii[] = CANDIDATES(COMPANY_ASCII);
-    static const char unicode[] = CANDIDATES(COMPANY_UNICODE);
     sqlite3_stmt *row = NULL;
     int result = SQLITE_ROW;
-    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, choose_sql(company_id, ascii, unicode),
-                                          sql_text(company_id));
+    enum err_code code = sqlite_first_row(tx->db, &row, err, sql, values, count);
 
+    found->count = 0;
     while (row != NULL && code == ERR_NONE && result == SQLITE_ROW) {
         code = add_candidate(found, row, tx->now_ms, err);
         if (code == ERR_NONE)
@@ -135,40 +149,34 @@ static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_i
     return code;
 }
 
-/* The nth of the company's Active tokens, if it is one of Gemini. Walks the index only. */
-static enum err_code find_nth(struct sqlite_tx *tx, const char *company_id, uint64_t nth,
-                              struct candidates *found, struct err *err)
-{
-    static const char sql[] =
-        CANDIDATES("t.TokenID = (SELECT TokenID FROM TokenMaster t WHERE " COMPANY_ASCII
-                   " AND Status = 'Active' ORDER BY TokenID LIMIT 1 OFFSET ?2)");
-    sqlite3_stmt *row = NULL;
-    enum err_code code =
-        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(company_id), sql_int((int64_t)nth));
+#define CANDIDATES(which, order)                                                        \
+    "SELECT t.TokenID, t.TotalTokenLimit, s.TokenID IS NOT NULL,"                       \
+    " IFNULL(s.TotalUsedTokens, " SQLITE_USED_BY_ROWS "), IFNULL(s.ReservedTokens, 0)," \
+    " CAST(ROUND((julianday(t.CooldownUntil) - 2440587.5) * 86400000.0) AS INTEGER),"   \
+    " t.CompanyID, t.ApiKey"                                                            \
+    " FROM TokenMaster t LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID"        \
+    " WHERE " which " AND t.Status = 'Active' AND " SQLITE_PROVIDER_SERVED order
 
-    if (row != NULL)
-        code = add_candidate(found, row, tx->now_ms, err);
-    sqlite3_reset(row);
-    return code;
+/* All of them. */
+static enum err_code find_candidates(struct sqlite_tx *tx, const char *company_id,
+                                     struct candidates *found, struct err *err)
+{
+    static const char ascii[] = CANDIDATES(COMPANY_ASCII, " ORDER BY t.TokenID");
+    static const char unicode[] = CANDIDATES(COMPANY_UNICODE, " ORDER BY t.TokenID");
+
+    return read_candidates(tx, found, err, choose_sql(company_id, ascii, unicode),
+                           SQLITE_PARAMS(sql_text(company_id)));
 }
 
-/* How many tokens of the company are Active, of whatever provider; 0 where no index tells. */
-static enum err_code count_active(struct sqlite_tx *tx, const char *company_id, uint64_t *count,
-                                  struct err *err)
+/* The one with this TokenID, where it is one. (+: by its row, not by the index of companies.) */
+static enum err_code find_one(struct sqlite_tx *tx, const char *company_id, int64_t token_id,
+                              struct candidates *found, struct err *err)
 {
-    static const char sql[] =
-        "SELECT COUNT(*) FROM TokenMaster t WHERE " COMPANY_ASCII " AND t.Status = 'Active'";
-    sqlite3_stmt *row = NULL;
-    enum err_code code = ERR_NONE;
+    static const char ascii[] = CANDIDATES("t.TokenID = ?2 AND +" COMPANY_ASCII, "");
+    static const char unicode[] = CANDIDATES("t.TokenID = ?2 AND " COMPANY_UNICODE, "");
 
-    *count = 0;
-    if (choose_sql(company_id, sql, NULL) == NULL)
-        return ERR_NONE;
-    code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(company_id));
-    if (row != NULL)
-        *count = (uint64_t)sqlite3_column_int64(row, 0);
-    sqlite3_reset(row);
-    return code;
+    return read_candidates(tx, found, err, choose_sql(company_id, ascii, unicode),
+                           SQLITE_PARAMS(sql_text(company_id), sql_int(token_id)));
 }
 
 /* What is said of a company none of whose tokens is Active: its newest token decides. Without any
@@ -253,25 +261,56 @@ static const struct candidate *decide(const struct candidates *found, struct sto
     return NULL;
 }
 
-/* Of a company with many tokens not all are looked at where one of those that chance names first can
- * serve: reading a thousand would take longer than all the rest. Each that is usable is as likely as
- * another either way. *chosen: NULL where all must be looked at. */
+/* Which of many could serve somebody, for a while. */
+static void keep_usable(struct sqlite_tx *tx, const char *company_id,
+                        const struct candidates *found)
+{
+    static const struct store_acquire somebody = {0};
+    struct sqlite_usable *usable = sqlite_keep_usable(tx->db, company_id, found->count);
+
+    for (size_t i = 0; usable != NULL && i < found->count; i++)
+        if (classify(&found->all[i], &somebody) == FIT_USABLE)
+            usable->token_ids[usable->count++] = found->all[i].token_id;
+}
+
+/* Looks at a few of many. *chosen: NULL where all must be looked at. */
 static enum err_code try_some(struct sqlite_tx *tx, const struct store_acquire *a,
                               struct candidates *found, const struct candidate **chosen,
                               struct err *err)
 {
-    uint64_t active = 0;
-    enum err_code code = count_active(tx, a->company_id, &active, err);
+    const struct sqlite_usable *usable = sqlite_recall_usable(tx->db, a->company_id);
+    const uint64_t count = usable == NULL ? 0 : usable->count;
+    enum err_code code = ERR_NONE;
+    uint64_t choice = a->choice;
 
     *chosen = NULL;
-    for (uint64_t i = 0; i < TRIES && active > MANY && code == ERR_NONE && *chosen == NULL; i++) {
-        found->count = 0;
-        code = find_nth(tx, a->company_id, (a->choice + i * (active / TRIES)) % active, found, err);
+    for (int i = 0; i < TRIES && count > 0 && code == ERR_NONE && *chosen == NULL; i++) {
+        code = find_one(tx, a->company_id, usable->token_ids[choice % count], found, err);
         if (code == ERR_NONE && found->count == 1 && classify(&found->all[0], a) == FIT_USABLE)
             *chosen = &found->all[0];
+        choice = choice * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+        choice ^= choice >> 32; /* another random number; the upper half is the random one */
     }
-    if (*chosen == NULL)
-        found->count = 0;
+    return code;
+}
+
+/* Looks at all. *chosen: NULL where none can serve, with a->grant saying why if some are Active. */
+static enum err_code try_all(struct sqlite_tx *tx, struct store_acquire *a,
+                             struct candidates *found, const struct candidate **chosen,
+                             struct err *err)
+{
+    enum err_code code = find_candidates(tx, a->company_id, found, err);
+
+    *chosen = NULL;
+    if (code != ERR_NONE || found->count == 0)
+        return code;
+    if (found->count > MANY)
+        keep_usable(tx, a->company_id, found);
+    *chosen = decide(found, a);
+    if (*chosen == NULL || *chosen == &found->all[found->count - 1])
+        return ERR_NONE;
+    code = find_one(tx, a->company_id, (*chosen)->token_id, found, err); /* for its key */
+    *chosen = &found->all[0];
     return code;
 }
 
@@ -341,42 +380,38 @@ static enum err_code reserve(struct sqlite_tx *tx, struct store_acquire *a, int6
     return sqlite_insert_reservation(tx, &reservation, err);
 }
 
-/* Reads what a granted token needs to be used: the spelling of its company, and the key. */
-static enum err_code copy_token(struct store_acquire *a, sqlite3_stmt *row, int company, int key,
-                                struct err *err)
+static void use_credentials(struct store_acquire *a, const struct credentials *c)
 {
-    const char *company_id = (const char *)sqlite3_column_text(row, company);
-    size_t key_len = 0;
-    const char *api_key = find_key(row, key, &key_len);
-
-    if (!store_text_fits(company_id, 1, STORE_TEXT_SIZE - 1) || api_key == NULL)
-        return err_set(err, ERR_BAD_VALUE, "token %lld has no usable CompanyID or ApiKey",
-                       (long long)sqlite3_column_int64(row, 0));
-    memcpy(a->company_id_stored, company_id, strlen(company_id) + 1);
-    memcpy(a->api_key, api_key, key_len);
-    a->api_key[key_len] = '\0';
-    return ERR_NONE;
+    memcpy(a->company_id_stored, c->company_id, strlen(c->company_id) + 1);
+    memcpy(a->api_key, c->api_key, strlen(c->api_key) + 1);
 }
 
 static enum err_code reserve_token(struct sqlite_tx *tx, struct store_acquire *a,
                                    const struct candidate *chosen, struct err *err)
 {
-    static const char sql_token[] =
-        "SELECT TokenID, CompanyID, ApiKey FROM TokenMaster WHERE TokenID = ?1";
-    static const char sql_sum[] = "UPDATE TokenUsageSummary"
-                                  " SET ReservedTokens = ReservedTokens + ?2 WHERE TokenID = ?1";
-    sqlite3_stmt *row = NULL;
-    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql_token, sql_int(chosen->token_id));
+    static const char sql[] = "UPDATE TokenUsageSummary"
+                              " SET ReservedTokens = ReservedTokens + ?2 WHERE TokenID = ?1";
+    enum err_code code = ERR_NONE;
 
-    if (row != NULL)
-        code = copy_token(a, row, 1, 2, err);
-    sqlite3_reset(row);
-    if (code == ERR_NONE && !chosen->has_summary)
+    if (!chosen->has_summary)
         code = sqlite_ensure_summary(tx, chosen->token_id, err);
     if (code == ERR_NONE)
-        code = SQLITE_RUN(tx->db, NULL, err, sql_sum, sql_int(chosen->token_id),
+        code = SQLITE_RUN(tx->db, NULL, err, sql, sql_int(chosen->token_id),
                           sql_int(a->estimate_tokens));
     return code == ERR_NONE ? reserve(tx, a, chosen->token_id, err) : code;
+}
+
+/* What a token that was granted before needs to be used. */
+static enum err_code copy_token(struct store_acquire *a, sqlite3_stmt *row, struct err *err)
+{
+    struct credentials credentials;
+
+    if (!copy_credentials(&credentials, row, 1, 2))
+        return err_set(err, ERR_BAD_VALUE, "token %lld has no usable CompanyID or ApiKey",
+                       (long long)a->token_id);
+    use_credentials(a, &credentials);
+    explicit_bzero(&credentials, sizeof credentials);
+    return ERR_NONE;
 }
 
 /* The same acquire came before: the same answer. *granted: whether that was so. */
@@ -397,7 +432,7 @@ static enum err_code grant_again(struct sqlite_tx *tx, struct store_acquire *a, 
     a->grant = GRANT_TOKEN;
     a->token_id = sqlite3_column_int64(row, 0);
     if (a->token_id != 0) {
-        code = copy_token(a, row, 1, 2, err);
+        code = copy_token(a, row, err);
     } else {
         const char *company_id = (const char *)sqlite3_column_text(row, 1);
         if (store_text_fits(company_id, 1, STORE_TEXT_SIZE - 1))
@@ -445,11 +480,11 @@ static enum err_code choose_and_reserve(struct sqlite_tx *tx, struct store_acqui
     if (!a->fallback_only)
         code = try_some(tx, a, &found, &chosen, err);
     if (code == ERR_NONE && !a->fallback_only && chosen == NULL)
-        code = find_candidates(tx, a->company_id, &found, err);
-    if (code == ERR_NONE && chosen == NULL && found.count > 0)
-        chosen = decide(&found, a);
-    if (code == ERR_NONE && chosen != NULL)
+        code = try_all(tx, a, &found, &chosen, err);
+    if (code == ERR_NONE && chosen != NULL) {
+        use_credentials(a, &found.last);
         code = reserve_token(tx, a, chosen, err);
+    }
     if (code != ERR_NONE || chosen != NULL)
         goto out;
     code = look_at_newest(tx, a->company_id, a->company_id_stored, &known, &expired, err);
@@ -461,6 +496,7 @@ static enum err_code choose_and_reserve(struct sqlite_tx *tx, struct store_acqui
         a->grant = !known ? GRANT_NO_TOKEN : expired ? GRANT_EXPIRED : GRANT_UNAVAILABLE;
 out:
     free(found.all);
+    explicit_bzero(&found.last, sizeof found.last);
     return code;
 }
 

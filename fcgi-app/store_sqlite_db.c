@@ -139,6 +139,7 @@ void sqlite_disconnect(struct sqlite_db *db)
 {
     for (size_t i = 0; i < db->cached; i++)
         sqlite3_finalize(db->cache[i].statement);
+    sqlite_forget_usable(db);
     sqlite3_close(db->handle);
     *db = (struct sqlite_db){0};
 }
@@ -380,7 +381,7 @@ static enum err_code begin_until(struct store_sqlite *store, int64_t deadline_ms
         code = settle_doubt(store, err);
     }
     if (code == ERR_NONE)
-        code = sqlite_exec(&store->writer, "BEGIN IMMEDIATE", err);
+        code = sqlite_run(&store->writer, NULL, err, "BEGIN IMMEDIATE", NULL, 0);
     if (code != ERR_NONE)
         end_turn(store);
     return code;
@@ -416,7 +417,7 @@ enum err_code sqlite_begin(struct store_sqlite *store, struct sqlite_tx *tx, str
 enum err_code sqlite_end(struct store_sqlite *store, enum err_code code, struct err *err)
 {
     if (code == ERR_NONE)
-        code = sqlite_exec(&store->writer, "COMMIT", err);
+        code = sqlite_run(&store->writer, NULL, err, "COMMIT", NULL, 0);
     if (code != ERR_NONE) {
         roll_back(&store->writer);
         end_turn(store);
@@ -499,7 +500,7 @@ static enum err_code run_plainly(struct sqlite_tx *tx, sqlite_do_item *do_item, 
         return code;
     *refused = true;
     roll_back(tx->db);
-    return sqlite_exec(tx->db, "BEGIN IMMEDIATE", err);
+    return sqlite_run(tx->db, NULL, err, "BEGIN IMMEDIATE", NULL, 0);
 }
 
 enum err_code sqlite_run_batch(struct store_sqlite *store, sqlite_do_item *do_item,

@@ -9,16 +9,19 @@
 #include <stdio.h>
 #include <string.h>
 
-/* What the rows say before a settlement changes them. */
+/* What the rows say before a settlement changes them. Nobody else writes until it is done. */
 struct before {
     bool settled;   /* there is a usage row */
     bool has_token; /* the token is still in TokenMaster */
     bool has_summary;
     bool limited;
+    bool crossed; /* the threshold was crossed already */
     int64_t limit;
+    int64_t used;    /* with what this settlement adds */
     int64_t pending; /* reservations that are open or unsettled */
     int64_t last_id; /* the last of those */
     int64_t open_tokens;
+    double threshold;
     char company[STORE_TEXT_SIZE]; /* the store's spelling, as far as it is known */
 };
 
@@ -32,94 +35,94 @@ static void copy_company(struct before *b, sqlite3_stmt *row, int column)
         memcpy(b->company, company, strlen(company) + 1);
 }
 
-static enum err_code look_at_usage(struct sqlite_tx *tx, const struct store_settlement *s,
-                                   struct before *b, struct err *err)
+static void add_reservation(struct before *b, sqlite3_stmt *row)
 {
-    static const char sql[] = "SELECT 1 FROM TokenUsageLogs"
-                              " WHERE RequestID = ?1 AND IFNULL(TokenID, 0) = ?2";
-    sqlite3_stmt *row = NULL;
-    enum err_code code =
-        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(s->request_id), sql_int(s->token_id));
+    const int64_t id = sqlite3_column_int64(row, 1);
 
-    b->settled = row != NULL;
-    sqlite3_reset(row);
-    return code;
+    b->pending++;
+    b->last_id = id > b->last_id ? id : b->last_id;
+    b->open_tokens += sqlite3_column_int64(row, 2);
+    copy_company(b, row, 3);
 }
 
-static enum err_code look_at_reservations(struct sqlite_tx *tx, const struct store_settlement *s,
-                                          struct before *b, struct err *err)
+static void add_token(struct before *b, sqlite3_stmt *row)
 {
-    static const char sql[] =
-        "SELECT COUNT(*), MAX(ReservationID),"
-        " SUM(CASE State WHEN 'open' THEN EstimatedTokens ELSE 0 END), MAX(CompanyID)"
-        " FROM TokenReservations WHERE RequestID = ?1 AND TokenID IS ?2 AND ClosedAt IS NULL";
-    sqlite3_stmt *row = NULL;
-    enum err_code code =
-        SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(s->request_id), sql_id(s->token_id));
-
-    if (row != NULL) {
-        b->pending = sqlite3_column_int64(row, 0);
-        b->last_id = sqlite3_column_int64(row, 1);
-        b->open_tokens = sqlite3_column_int64(row, 2);
-        copy_company(b, row, 3);
-    }
-    sqlite3_reset(row);
-    return code;
+    b->has_token = true;
+    copy_company(b, row, 5);
+    b->limited = sqlite3_column_type(row, 6) != SQLITE_NULL;
+    b->limit = sqlite3_column_int64(row, 6);
+    b->has_summary = sqlite3_column_int(row, 7) != 0;
+    b->used = sqlite3_column_int64(row, 8);
+    b->threshold = sqlite3_column_double(row, 9);
+    b->crossed = sqlite3_column_int(row, 10) != 0;
 }
 
-static enum err_code look_at_token(struct sqlite_tx *tx, const struct store_settlement *s,
-                                   struct before *b, struct err *err)
-{
-    static const char sql[] =
-        "SELECT t.CompanyID, t.TotalTokenLimit, s.TokenID IS NOT NULL FROM TokenMaster t"
-        " LEFT JOIN TokenUsageSummary s ON s.TokenID = t.TokenID WHERE t.TokenID = ?1";
-    sqlite3_stmt *row = NULL;
-    enum err_code code = ERR_NONE;
-
-    if (s->token_id == 0)
-        return ERR_NONE;
-    code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_int(s->token_id));
-    b->has_token = row != NULL;
-    if (row != NULL) {
-        copy_company(b, row, 0);
-        b->limited = sqlite3_column_type(row, 1) != SQLITE_NULL;
-        b->limit = sqlite3_column_int64(row, 1);
-        b->has_summary = sqlite3_column_int(row, 2) != 0;
-    }
-    sqlite3_reset(row);
-    return code;
-}
-
+/* A row for each reservation; one row without any. */
 static enum err_code look(struct sqlite_tx *tx, const struct store_settlement *s, struct before *b,
                           struct err *err)
 {
-    enum err_code code = ERR_NONE;
+    static const char sql[] =
+        "SELECT EXISTS (SELECT 1 FROM TokenUsageLogs"
+        "               WHERE RequestID = ?1 AND IFNULL(TokenID, 0) = ?2),"
+        " r.ReservationID, CASE r.State WHEN 'open' THEN r.EstimatedTokens END, r.CompanyID,"
+        " t.TokenID, t.CompanyID, t.TotalTokenLimit,"
+        " s.TokenID IS NOT NULL, s.TotalUsedTokens + ?3, s.Threshold,"
+        " s.ThresholdCrossedAt IS NOT NULL"
+        " FROM (SELECT 1)"
+        " LEFT JOIN TokenReservations r"
+        "   ON r.RequestID = ?1 AND IFNULL(r.TokenID, 0) = ?2 AND r.ClosedAt IS NULL"
+        " LEFT JOIN TokenMaster t ON t.TokenID = ?2"
+        " LEFT JOIN TokenUsageSummary s ON s.TokenID = ?2";
+    sqlite3_stmt *row = NULL;
+    int result = SQLITE_ROW;
+    enum err_code code = SQLITE_FIRST_ROW(tx->db, &row, err, sql, sql_text(s->request_id),
+                                          sql_int(s->token_id), sql_int(s->usage.total_tokens));
 
     *b = (struct before){0};
     memcpy(b->company, s->company_id, strlen(s->company_id) + 1);
-    code = look_at_usage(tx, s, b, err);
-    if (code == ERR_NONE && !b->settled)
-        code = look_at_reservations(tx, s, b, err);
-    if (code == ERR_NONE && !b->settled)
-        code = look_at_token(tx, s, b, err);
+    while (row != NULL && result == SQLITE_ROW) {
+        b->settled = sqlite3_column_int(row, 0) != 0;
+        if (sqlite3_column_type(row, 1) != SQLITE_NULL)
+            add_reservation(b, row);
+        if (sqlite3_column_type(row, 4) != SQLITE_NULL)
+            add_token(b, row);
+        result = sqlite3_step(row);
+    }
+    if (code == ERR_NONE && result != SQLITE_ROW && result != SQLITE_DONE)
+        code = sqlite_failed(err, result);
+    sqlite3_reset(row);
     return code;
 }
 
 /* ---- reservations ---- */
 
-/* Ends all that the request still has with the token. */
+/* Ends all that the request still has with the token. What they hold of it is the caller's to take
+ * back. */
 static enum err_code close_reservations(struct sqlite_tx *tx, const struct store_settlement *s,
                                         const struct before *b, const char *state, struct err *err)
 {
-    static const char sql[] =
-        "UPDATE TokenReservations SET State = ?3, ClosedAt = ?4, UnknownCalls = ?5"
-        " WHERE RequestID = ?1 AND TokenID IS ?2 AND ClosedAt IS NULL";
+#define CLOSE "UPDATE TokenReservations SET State = ?1, ClosedAt = ?2, UnknownCalls = ?3"
+    /* One row by its ID: where there may be several, SQLite copies each page before. */
+    static const char sql_one[] = CLOSE " WHERE ReservationID = ?4";
+    static const char sql_all[] =
+        CLOSE " WHERE RequestID = ?4 AND TokenID IS ?5 AND ClosedAt IS NULL";
+
+    if (b->pending == 0)
+        return ERR_NONE;
+    if (b->pending == 1)
+        return SQLITE_RUN(tx->db, NULL, err, sql_one, sql_text(state), sql_text(tx->now),
+                          sql_int(s->unknown_calls), sql_int(b->last_id));
+    return SQLITE_RUN(tx->db, NULL, err, sql_all, sql_text(state), sql_text(tx->now),
+                      sql_int(s->unknown_calls), sql_text(s->request_id), sql_id(s->token_id));
+}
+
+/* Nothing was spent. */
+static enum err_code release(struct sqlite_tx *tx, const struct store_settlement *s,
+                             const struct before *b, struct err *err)
+{
     enum err_code code = sqlite_unreserve(tx, s->token_id, b->open_tokens, err);
 
-    if (code != ERR_NONE || b->pending == 0)
-        return code;
-    return SQLITE_RUN(tx->db, NULL, err, sql, sql_text(s->request_id), sql_id(s->token_id),
-                      sql_text(state), sql_text(tx->now), sql_int(s->unknown_calls));
+    return code == ERR_NONE ? close_reservations(tx, s, b, "released", err) : code;
 }
 
 /* A settlement for which there is no reservation (its acquire never reached this database) leaves
@@ -230,19 +233,6 @@ static enum err_code insert_usage(struct sqlite_tx *tx, const struct store_settl
                       sql_int(s->duration_ms), sql_text(s->trace_id));
 }
 
-static enum err_code cross_threshold(struct sqlite_tx *tx, struct store_settlement *s,
-                                     struct err *err)
-{
-    static const char sql[] = "UPDATE TokenUsageSummary SET ThresholdCrossedAt = ?2"
-                              " WHERE TokenID = ?1 AND ThresholdCrossedAt IS NULL";
-    int changed = 0;
-    enum err_code code =
-        SQLITE_RUN(tx->db, &changed, err, sql, sql_int(s->token_id), sql_text(tx->now));
-
-    s->threshold_crossed = changed > 0;
-    return code;
-}
-
 static enum err_code exceed(struct sqlite_tx *tx, struct store_settlement *s,
                             const struct before *b, struct err *err)
 {
@@ -263,52 +253,43 @@ static enum err_code exceed(struct sqlite_tx *tx, struct store_settlement *s,
                         "Active to Exceeded: limit reached", err);
 }
 
-/* Adds to the token's sums, and draws the conclusions. */
+/* Turns what the token had reserved into what was used, and draws the conclusions. */
 static enum err_code add_usage(struct sqlite_tx *tx, struct store_settlement *s,
                                const struct before *b, struct err *err)
 {
     static const char sql[] = "UPDATE TokenUsageSummary"
                               " SET TotalUsedTokens = TotalUsedTokens + ?2,"
                               "     TotalRemainingTokens = ?3 - (TotalUsedTokens + ?2),"
-                              "     LastUpdated = ?4"
+                              "     ReservedTokens = MAX(0, ReservedTokens - ?4),"
+                              "     ThresholdCrossedAt = IFNULL(ThresholdCrossedAt, ?5),"
+                              "     LastUpdated = ?6"
                               " WHERE TokenID = ?1";
-    static const char sql_now[] =
-        "SELECT TotalUsedTokens, Threshold FROM TokenUsageSummary WHERE TokenID = ?1";
-    struct store_value limit = b->limited ? sql_int(b->limit) : sql_text(NULL);
-    sqlite3_stmt *row = NULL;
-    int64_t used = 0;
-    double threshold = 0;
-    enum err_code code = SQLITE_RUN(tx->db, NULL, err, sql, sql_int(s->token_id),
-                                    sql_int(s->usage.total_tokens), limit, sql_text(tx->now));
-
-    if (code != ERR_NONE || !b->limited)
-        return code;
-    code = SQLITE_FIRST_ROW(tx->db, &row, err, sql_now, sql_int(s->token_id));
-    if (row != NULL) {
-        used = sqlite3_column_int64(row, 0);
-        threshold = sqlite3_column_double(row, 1);
-    }
-    sqlite3_reset(row);
-    if (code != ERR_NONE)
-        return code;
     /* Divided, not multiplied: 7 of 100 is 0.07 exactly as it is written. */
-    if (used >= b->limit || (double)used / (double)b->limit >= threshold)
-        code = cross_threshold(tx, s, err);
-    if (code == ERR_NONE && used >= b->limit)
-        code = exceed(tx, s, b, err);
-    return code;
+    const bool used_up = b->limited && b->used >= b->limit;
+    const bool crossed =
+        used_up || (b->limited && (double)b->used / (double)b->limit >= b->threshold);
+    enum err_code code =
+        SQLITE_RUN(tx->db, NULL, err, sql, sql_int(s->token_id), sql_int(s->usage.total_tokens),
+                   b->limited ? sql_int(b->limit) : sql_text(NULL), sql_int(b->open_tokens),
+                   sql_text(crossed ? tx->now : NULL), sql_text(tx->now));
+
+    s->threshold_crossed = crossed && !b->crossed;
+    return code == ERR_NONE && used_up ? exceed(tx, s, b, err) : code;
 }
 
 static enum err_code settle_usage(struct sqlite_tx *tx, struct store_settlement *s,
-                                  const struct before *b, struct err *err)
+                                  struct before *b, struct err *err)
 {
     enum err_code code = ERR_NONE;
 
     if (s->token_id != 0 && !b->has_token)
         return err_set(err, ERR_BAD_VALUE, "token %lld was deleted", (long long)s->token_id);
     /* Before the usage row: a summary that is made now sums up what was there. */
-    if (s->token_id != 0 && !b->has_summary)
+    if (s->token_id != 0 && !b->has_summary) {
         code = sqlite_ensure_summary(tx, s->token_id, err);
+        if (code == ERR_NONE)
+            code = look(tx, s, b, err);
+    }
     if (code == ERR_NONE)
         code = insert_usage(tx, s, b, err);
     if (code == ERR_NONE)
@@ -353,7 +334,7 @@ static enum err_code settle_one(struct sqlite_tx *tx, struct store_settlement *s
     else if (s->unknown_calls > 0)
         code = leave_unsettled(tx, s, &before, err);
     else
-        code = close_reservations(tx, s, &before, "released", err);
+        code = release(tx, s, &before, err);
     if (code == ERR_NONE && s->token_id != 0)
         code = sqlite_apply_fault(tx, s->token_id, &s->fault, s->request_id, &s->disabling_stopped,
                                   err);

@@ -82,12 +82,13 @@ static size_t word_length(const char *s, const char *end)
     return 0;
 }
 
-/* Copies the text token by token; false at the first that RFC 8259 does not know. */
-static bool copy_tokens(struct buf *out, const char *s, const char *end)
+/* Looks through the text token by token; false at the first that RFC 8259 does not know. What json-c
+ * would not keep goes in quotes: then copy has the text up to *rest, the last of those. */
+static bool check_tokens(struct buf *copy, const char *s, const char *end, const char **rest)
 {
     bool after_quoted = false; /* but for white space */
 
-    while (s < end) {
+    for (*rest = s; s < end;) {
         bool quote = false;
         size_t n;
 
@@ -102,31 +103,49 @@ static bool copy_tokens(struct buf *out, const char *s, const char *end)
         if (n == 0 || (*s == ':' && after_quoted)) /* a number is no name, quoted or not */
             return false;
         after_quoted = quote || (after_quoted && strchr(" \t\r\n", *s) != NULL);
-        if (quote)
-            buf_append_char(out, '"');
-        buf_append(out, s, n);
-        if (quote)
-            buf_append_char(out, '"');
+        if (quote) {
+            buf_append(copy, *rest, (size_t)(s - *rest));
+            buf_append_char(copy, '"');
+            buf_append(copy, s, n);
+            buf_append_char(copy, '"');
+            *rest = s + n;
+        }
         s += n;
     }
-    return buf_ok(out);
+    return buf_ok(copy);
+}
+
+static json_object *parse(json_tokener *tokener, const char *text, size_t len)
+{
+    json_object *root;
+
+    json_tokener_set_flags(tokener, JSON_TOKENER_STRICT);
+    root = json_tokener_parse_ex(tokener, text, (int)len);
+    if (json_tokener_get_error(tokener) == json_tokener_continue)
+        root =
+            json_tokener_parse_ex(tokener, "", 1); /* a number ends where something else begins */
+    if (json_tokener_get_error(tokener) == json_tokener_success)
+        return root;
+    json_object_put(root);
+    return NULL;
 }
 
 struct json_object *strict_json_parse(const char *text, size_t len, int depth)
 {
     json_tokener *tokener = json_tokener_new_ex(depth);
+    const char *end = text + len, *rest = text;
     json_object *root = NULL;
     struct buf copy;
 
     buf_init(&copy, MAX_TEXT);
-    if (tokener != NULL && len > 0 && u8_check((const uint8_t *)text, len) == NULL &&
-        copy_tokens(&copy, text, text + len)) {
-        json_tokener_set_flags(tokener, JSON_TOKENER_STRICT);
-        /* with the NUL behind it: a number ends only where something else begins */
-        root = json_tokener_parse_ex(tokener, copy.data, (int)copy.len + 1);
-        if (json_tokener_get_error(tokener) != json_tokener_success) {
-            json_object_put(root);
-            root = NULL;
+    if (tokener != NULL && len > 0 && len <= MAX_TEXT &&
+        u8_check((const uint8_t *)text, len) == NULL && check_tokens(&copy, text, end, &rest)) {
+        if (rest == text) {
+            root = parse(tokener, text, len);
+        } else {
+            buf_append(&copy, rest, (size_t)(end - rest));
+            if (buf_ok(&copy))
+                root = parse(tokener, copy.data, copy.len);
         }
     }
     json_tokener_free(tokener);

@@ -40,20 +40,6 @@ const char *text_fault(const char *s, size_t len, size_t min, size_t max)
     return NULL;
 }
 
-const void *text_find(const void *data, size_t len, const void *what, size_t n)
-{
-    const unsigned char *at = data, *end = at + len;
-    const unsigned char first = *(const unsigned char *)what;
-
-    while ((size_t)(end - at) >= n &&
-           (at = memchr(at, first, (size_t)(end - at) - n + 1)) != NULL) {
-        if (memcmp(at, what, n) == 0)
-            return at;
-        at++;
-    }
-    return NULL;
-}
-
 char *text_fold(struct arena *a, const char *s)
 {
     size_t len = 0;

@@ -92,6 +92,21 @@ static void give_memory(void *data, size_t room)
         munmap(data, room);
 }
 
+/* ---- looking at it ---- */
+
+#define AT_A_TIME ((size_t)128 * 1024) /* stays in a processor's cache until it was looked at */
+
+static size_t up_to(size_t left)
+{
+    return left < AT_A_TIME ? left : AT_A_TIME;
+}
+
+static void look(const struct upload *upload, size_t len)
+{
+    for (size_t i = 0; i < upload->mark_count; i++)
+        find_marks_look(&upload->marks[i], upload->data, len);
+}
+
 /* ---- by FastCGI's stdin ---- */
 
 static enum err_code too_large(const struct config *config, struct err *err)
@@ -160,8 +175,13 @@ static enum err_code open_stdin(struct upload *upload, struct request *request,
     upload->map = data;
     upload->data = data;
     upload->len = size;
-    if (request->read(request->io, data, size) < size)
-        return err_set(err, ERR_BAD_REQUEST, "The upload stopped before its end.");
+    for (size_t done = 0; done < size;) {
+        size_t n = up_to(size - done);
+        if (request->read(request->io, (char *)data + done, n) < n)
+            return err_set(err, ERR_BAD_REQUEST, "The upload stopped before its end.");
+        done += n;
+        look(upload, done);
+    }
     return ERR_NONE;
 }
 
@@ -224,6 +244,8 @@ static enum err_code open_body_file(struct upload *upload, struct request *reque
             upload->map = map;
             upload->data = map;
             upload->len = (size_t)st.st_size;
+            for (size_t seen = 0; seen < upload->len; look(upload, seen))
+                seen += up_to(upload->len - seen);
         }
     }
     close(fd);
@@ -233,11 +255,12 @@ static enum err_code open_body_file(struct upload *upload, struct request *reque
 /* ---- either ---- */
 
 enum err_code upload_open(struct upload *upload, struct request *request,
-                          const struct config *config, struct err *err)
+                          const struct config *config, struct find_marks *marks, size_t mark_count,
+                          struct err *err)
 {
     enum err_code code;
 
-    *upload = (struct upload){.data = ""};
+    *upload = (struct upload){.data = "", .marks = marks, .mark_count = mark_count};
     if (request->content_length > config->server.max_upload)
         code = too_large(config, err);
     else if (request->body_file[0] != '\0')

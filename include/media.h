@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "err.h"
+#include "find.h"
 
 enum media_kind { MEDIA_PDF, MEDIA_PNG, MEDIA_JPEG, MEDIA_WEBP, MEDIA_HEIC, MEDIA_HEIF };
 
@@ -20,8 +21,13 @@ enum err_code media_check(const unsigned char *data, size_t len, enum media_kind
 /* "application/pdf", … */
 const char *media_type(enum media_kind kind) __attribute__((returns_nonnull));
 
+/* With which a PDF's page objects begin, among others. */
+#define MEDIA_PAGE_MARK "/Type"
+
 /* A guess, on the high side, at the tokens that an extraction from this file uses: by a PDF's pages
- * where they can be counted, by its bytes where not. */
-int64_t media_estimate_tokens(enum media_kind kind, const unsigned char *data, size_t len);
+ * where they can be counted, by its bytes where not. marks: where MEDIA_PAGE_MARK stands in body, in
+ * which the file lies. */
+int64_t media_estimate_tokens(enum media_kind kind, const unsigned char *data, size_t len,
+                              const struct find_marks *marks, const char *body);
 
 #endif

@@ -5,6 +5,7 @@
  *   store_sqlite_db.c       connections, statements, errors, the writers' queue, transactions
  *   store_sqlite_rows.c     rows that several operations write
  *   store_sqlite_acquire.c  choosing and reserving a token
+ *   store_sqlite_many.c     where to look among the many tokens of a company
  *   store_sqlite_fault.c    what a failed call does to a token
  *   store_sqlite_settle.c   usage rows and sums; reservations whose process died
  *   store_sqlite_admin.c    token administration
@@ -45,6 +46,16 @@ struct sqlite_file {
     ino_t inode;
 };
 
+/* Those of a company's tokens that could serve a moment ago. */
+struct sqlite_usable {
+    int64_t until_ms; /* monotonic; known so long */
+    char company_id[STORE_TEXT_SIZE];
+    size_t count;
+    int64_t token_ids[];
+};
+
+#define SQLITE_USABLE_PLACES 256
+
 /* A connection with its prepared statements. Used by one thread at a time. */
 struct sqlite_db {
     sqlite3 *handle; /* NULL: not connected */
@@ -55,6 +66,7 @@ struct sqlite_db {
     } cache[SQLITE_CACHE_SIZE];
     size_t cached;
     size_t oldest; /* where the next one goes, once all places are taken */
+    struct sqlite_usable *usable[SQLITE_USABLE_PLACES]; /* of companies with many tokens */
 };
 
 struct sqlite_reader {
@@ -218,6 +230,14 @@ enum err_code sqlite_insert_reservation(struct sqlite_tx *tx, const struct sqlit
 enum err_code sqlite_audit(struct sqlite_tx *tx, const char *actor, const char *action,
                            int64_t token_id, const char *request_id, const char *detail,
                            struct err *err) MUST_CHECK;
+
+/* ---- store_sqlite_many.c ---- */
+
+/* What is known of the company, spelled so; NULL: nothing. Valid until the next of these calls. */
+const struct sqlite_usable *sqlite_recall_usable(struct sqlite_db *db, const char *company_id);
+/* Room for so many, for the caller to fill; replaces what was known. NULL: no memory. */
+struct sqlite_usable *sqlite_keep_usable(struct sqlite_db *db, const char *company_id, size_t room);
+void sqlite_forget_usable(struct sqlite_db *db);
 
 /* ---- store_sqlite_fault.c ---- */
 

@@ -12,9 +12,6 @@
  * "companyID …", for example "must not be empty". */
 const char *text_fault(const char *s, size_t len, size_t min, size_t max);
 
-/* As memmem(), for what begins with a byte that is rare in large data: several times as fast there. */
-const void *text_find(const void *data, size_t len, const void *what, size_t n);
-
 /* The text folded for comparison without regard to case (Unicode full case folding, NFC). */
 char *text_fold(struct arena *a, const char *s);
 

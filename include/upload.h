@@ -8,6 +8,7 @@
 #define EXTRACT_UPLOAD_H
 
 #include "config.h"
+#include "find.h"
 #include "request.h"
 
 struct upload {
@@ -15,12 +16,16 @@ struct upload {
     size_t len;
     void *map;   /* memory, or a file's; NULL: nothing */
     size_t room; /* of memory; 0: a file's */
+    struct find_marks *marks;
+    size_t mark_count;
 };
 
-/* Errors: ERR_BAD_REQUEST (no Content-Length, upload stopped half-way), ERR_FILE_TOO_LARGE,
+/* marks (mark_count of them, the caller's): what to look for while the upload comes in.
+ * Errors: ERR_BAD_REQUEST (no Content-Length, upload stopped half-way), ERR_FILE_TOO_LARGE,
  * ERR_STORAGE_FULL (no room for the spool), ERR_INTERNAL (a path that is not allowed). */
 enum err_code upload_open(struct upload *upload, struct request *request,
-                          const struct config *config, struct err *err) MUST_CHECK;
+                          const struct config *config, struct find_marks *marks, size_t mark_count,
+                          struct err *err) MUST_CHECK;
 void upload_close(struct upload *upload);
 
 #endif

@@ -7,8 +7,11 @@
  * malloc'd memory, or, where the web server names a file, in its mapping; base64 is made while
  * libcurl sends.
  *
- *   FLOOR_URL       where to post        FLOOR_THREADS   threads of the process
- *   FLOOR_CA_FILE   certificate of an https URL */
+ * With FLOOR_STORE it is the floor with rows: it writes what the product must, before the call and
+ * after it (floor_rows.h), and nothing else changes.
+ *
+ *   FLOOR_URL       where to post                   FLOOR_THREADS   threads of the process
+ *   FLOOR_CA_FILE   certificate of an https URL     FLOOR_STORE     a database, made by extractctl */
 #include <curl/curl.h>
 #include <fcgiapp.h>
 #include <fcntl.h>
@@ -20,6 +23,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+#include "floor_rows.h"
 
 static const char head[] =
     "{\"contents\":[{\"role\":\"user\",\"parts\":[{\"inlineData\":{\"mimeType\":"
@@ -34,8 +39,22 @@ struct body {
 };
 
 struct answer {
-    char data[64 * 1024];
+    char data[64 * 1024]; /* with a NUL */
     size_t len;
+};
+
+/* What all threads share. */
+struct floor {
+    struct curl_slist *headers;
+    struct rows *rows; /* NULL: without */
+};
+
+/* What each has of its own. */
+struct worker {
+    const struct floor *floor;
+    CURL *curl;
+    struct answer answer;
+    struct rows_request row;
 };
 
 /* libcurl gives room for 64 KiB and more, so that the head always fits. Groups of 3 bytes but for the end of the file. */
@@ -68,10 +87,11 @@ static size_t write_answer(char *data, size_t size, size_t count, void *context)
     struct answer *answer = context;
     size_t n = size * count;
 
-    if (n > sizeof answer->data - answer->len)
+    if (n >= sizeof answer->data - answer->len)
         return 0;
     memcpy(answer->data + answer->len, data, n);
     answer->len += n;
+    answer->data[answer->len] = '\0';
     return n;
 }
 
@@ -91,6 +111,20 @@ static void find_file(const char *data, size_t len, const char *type, struct bod
     body->len = len - closing - (size_t)(begin + 4 - data);
 }
 
+/* A field before the file. */
+static void find_field(const char *data, size_t len, const char *name, char out[ROWS_TEXT_SIZE])
+{
+    const char *end = data + (len < 4096 ? len : 4096);
+    const char *at = memmem(data, (size_t)(end - data), name, strlen(name));
+    const char *begin = at == NULL ? NULL : memmem(at, (size_t)(end - at), "\r\n\r\n", 4);
+    const char *close =
+        begin == NULL ? NULL : memmem(begin + 4, (size_t)(end - begin - 4), "\r\n", 2);
+
+    out[0] = '\0';
+    if (close != NULL)
+        snprintf(out, ROWS_TEXT_SIZE, "%.*s", (int)(close - begin - 4), begin + 4);
+}
+
 static int post(CURL *curl, struct body *body, struct answer *answer)
 {
     long status = 0;
@@ -104,7 +138,31 @@ static int post(CURL *curl, struct body *body, struct answer *answer)
            curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &status) == CURLE_OK && status == 200;
 }
 
-static void serve(FCGX_Request *request, CURL *curl, struct answer *answer)
+/* With rows between a reservation and its settlement, and by the key of the company's token. */
+static int call(struct worker *w, const FCGX_Request *request, const char *data, size_t len,
+                struct body *body)
+{
+    char header[sizeof w->row.api_key + 32];
+    struct curl_slist key = {.data = header, .next = w->floor->headers};
+
+    if (w->floor->rows == NULL)
+        return post(w->curl, body, &w->answer);
+    find_field(data, len, "name=\"companyID\"", w->row.company);
+    find_field(data, len, "name=\"username\"", w->row.user);
+    find_field(data, len, "name=\"branch\"", w->row.branch);
+    w->row.bytes = body->len;
+    w->row.proxy_id = FCGX_GetParam("PROXY_REQUEST_ID", request->envp);
+    if (!rows_reserve(w->floor->rows, &w->row))
+        return 0;
+    snprintf(header, sizeof header, "x-goog-api-key: %s", w->row.api_key);
+    curl_easy_setopt(w->curl, CURLOPT_HTTPHEADER, &key);
+    if (!post(w->curl, body, &w->answer))
+        return 0; /* its reservation stays open */
+    rows_settle(w->floor->rows, &w->row, w->answer.data);
+    return 1;
+}
+
+static void serve(FCGX_Request *request, struct worker *w)
 {
     const char *length = FCGX_GetParam("CONTENT_LENGTH", request->envp);
     const char *type = FCGX_GetParam("CONTENT_TYPE", request->envp);
@@ -113,7 +171,8 @@ static void serve(FCGX_Request *request, CURL *curl, struct answer *answer)
     char *data = NULL;
     struct body body = {0};
 
-    answer->len = 0;
+    w->answer.len = 0;
+    w->answer.data[0] = '\0';
     if (len > 0 && path != NULL) {
         int fd = open(path, O_RDONLY | O_CLOEXEC);
         data = fd < 0 ? MAP_FAILED : mmap(NULL, len, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -128,9 +187,9 @@ static void serve(FCGX_Request *request, CURL *curl, struct answer *answer)
         find_file(data, len, type, &body);
     if (len == 0) /* /healthz */
         FCGX_PutS("Status: 200 OK\r\nContent-Type: text/plain\r\n\r\nfloor\n", request->out);
-    else if (body.file != NULL && post(curl, &body, answer)) {
+    else if (body.file != NULL && call(w, request, data, len, &body)) {
         FCGX_PutS("Status: 200 OK\r\nContent-Type: application/json\r\n\r\n", request->out);
-        FCGX_PutStr(answer->data, (int)answer->len, request->out);
+        FCGX_PutStr(w->answer.data, (int)w->answer.len, request->out);
     } else {
         FCGX_PutS("Status: 502 Bad Gateway\r\n\r\n", request->out);
     }
@@ -163,33 +222,39 @@ static CURL *new_client(struct curl_slist *headers)
 
 static void *work(void *context)
 {
-    CURL *curl = new_client(context);
-    struct answer *answer = malloc(sizeof *answer);
+    struct worker *w = malloc(sizeof *w); /* not cleared: most of it stays untouched */
     FCGX_Request request;
 
-    if (answer == NULL || FCGX_InitRequest(&request, 0, 0) != 0)
+    if (w == NULL || FCGX_InitRequest(&request, 0, 0) != 0)
         exit(1);
+    w->floor = context;
+    w->curl = new_client(w->floor->headers);
+    rows_init(&w->row);
     while (FCGX_Accept_r(&request) == 0)
-        serve(&request, curl, answer);
+        serve(&request, w);
     return NULL;
 }
 
 int main(void)
 {
-    struct curl_slist *headers = NULL;
+    struct floor floor = {0};
     const char *threads = getenv("FLOOR_THREADS");
+    const char *store = getenv("FLOOR_STORE");
     pthread_t thread;
 
     if (getenv("FLOOR_URL") == NULL || threads == NULL || FCGX_Init() != 0 ||
         curl_global_init(CURL_GLOBAL_DEFAULT) != 0)
         return 1;
     signal(SIGTERM, SIG_DFL); /* libfcgi has a handler, and then goes on waiting */
-    headers = curl_slist_append(headers, "Content-Type: application/json");
-    headers = curl_slist_append(headers, "x-goog-api-key: floor");
-    headers = curl_slist_append(headers, "Expect:");
+    floor.headers = curl_slist_append(NULL, "Content-Type: application/json");
+    floor.headers = curl_slist_append(floor.headers, "Expect:");
+    if (store == NULL)
+        floor.headers = curl_slist_append(floor.headers, "x-goog-api-key: floor");
+    else
+        floor.rows = rows_open(store);
     for (int i = atoi(threads); i > 1; i--)
-        if (pthread_create(&thread, NULL, work, headers) != 0)
+        if (pthread_create(&thread, NULL, work, &floor) != 0)
             return 1;
-    work(headers);
+    work(&floor);
     return 1;
 }

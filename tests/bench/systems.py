@@ -1,6 +1,6 @@
-"""What is measured, each in processes of its own: the product, the floor (floor.c) and the stack that people would use
-instead (python_stack.py), all before the same stand-in for Gemini. Product and floor stand behind the same nginx; the
-Python stack is asked directly, which is generous."""
+"""What is measured, each in processes of its own: the product, the floor (floor.c), with and without rows, and the stack
+that people would use instead (python_stack.py), all before the same stand-in for Gemini. Product and floor stand behind
+the same nginx; the Python stack is asked directly, which is generous."""
 from __future__ import annotations
 
 import json
@@ -158,7 +158,37 @@ class Pool(Stack, System):
         eventually(lambda: Path("/proc/net/unix").read_text().count(str(self.socket)) <= 1, f"{self.name} is idle")
 
 
-class Product(Pool):
+class Recorded(Pool):
+    """A pool that records each call in the store."""
+
+    def books(self) -> dict[str, int]:
+        """What must be there once for each answered call, and what must not be there at all."""
+        row = self.sql("""
+            SELECT (SELECT COUNT(*) FROM TokenUsageLogs WHERE Model IS NULL OR Model <> 'past') AS rows_of_usage,
+                   (SELECT COUNT(*) FROM TokenReservations WHERE State = 'settled') AS settled_reservations,
+                   (SELECT COUNT(DISTINCT RequestID) FROM ApplicationLogs) AS requests_in_the_log,
+                   (SELECT COUNT(*) FROM TokenReservations WHERE State <> 'settled') AS other_reservations""")[0]
+        return {name: int(n) for name, n in row.items()}
+
+    def audit(self) -> None:
+        """One usage row, one settled reservation and its log entry for each answered call, no other reservation, and the
+        equation of the store (conftest: balanced)."""
+        self.quiet()
+
+        def right() -> bool:
+            calls = self.calls()["answered"]
+            return list(self.books().values()) == [calls, calls, calls, 0]
+        try:
+            eventually(right)
+        except AssertionError:
+            raise Wrong(f"{self.name}: {self.calls()['answered']} calls were answered, but there are {self.books()}") from None
+        try:
+            self.balanced()
+        except AssertionError as error:
+            raise Wrong(f"{self.name}: the store's sums are not those of its rows: {error}") from error
+
+
+class Product(Recorded):
     name = "product"
 
     def __init__(self, upstream: Upstream, *, companies: int = 16, **settings: Any) -> None:
@@ -187,33 +217,11 @@ class Product(Pool):
             INSERT INTO TokenUsageSummary (TokenID, TotalUsedTokens) SELECT TokenID, ?2 FROM TokenMaster WHERE CompanyID = ?1
             ON CONFLICT (TokenID) DO UPDATE SET TotalUsedTokens = TotalUsedTokens + excluded.TotalUsedTokens""", company, count)
 
-    def books(self) -> dict[str, int]:
-        """What must be there once for each answered call, and what must not be there at all."""
-        row = self.sql("""
-            SELECT (SELECT COUNT(*) FROM TokenUsageLogs WHERE Model IS NULL OR Model <> 'past') AS rows_of_usage,
-                   (SELECT COUNT(*) FROM TokenReservations WHERE State = 'settled') AS settled_reservations,
-                   (SELECT COUNT(DISTINCT RequestID) FROM ApplicationLogs) AS requests_in_the_log,
-                   (SELECT COUNT(*) FROM TokenReservations WHERE State <> 'settled') AS other_reservations""")[0]
-        return {name: int(n) for name, n in row.items()}
-
     def audit(self) -> None:
-        """One usage row, one settled reservation and its log entry for each answered call, no other reservation, no log
-        entry dropped, and the equation of the store (conftest: balanced)."""
-        self.quiet()
-
-        def right() -> bool:
-            calls = self.calls()["answered"]
-            return list(self.books().values()) == [calls, calls, calls, 0]
-        try:
-            eventually(right)
-        except AssertionError:
-            raise Wrong(f"{self.name}: {self.calls()['answered']} calls were answered, but there are {self.books()}") from None
+        """All that, and no log entry was dropped."""
+        super().audit()
         if dropped := self.metric("extract_log_entries_dropped_total"):
             raise Wrong(f"{self.name}: {dropped:.0f} log entries were dropped")
-        try:
-            self.balanced()
-        except AssertionError as error:
-            raise Wrong(f"{self.name}: the store's sums are not those of its rows: {error}") from error
 
     def store_connections(self) -> int:
         """Files or sockets that the pool has open to its store."""
@@ -253,6 +261,17 @@ class Floor(Pool):
 
     def executable(self) -> Path:
         return BUILD / "tests/bench/floor"
+
+
+class FloorWithRows(Floor, Recorded):
+    """The floor that writes the rows, too; for COMPANIES[0] alone."""
+
+    name = "floor, with rows"
+
+    def start_pool(self, processes: int = 1) -> None:
+        self.token(COMPANIES[0])
+        self.env["FLOOR_STORE"] = str(self.dir / "store.db")
+        super().start_pool(processes)
 
 
 class PythonStack(System):

@@ -34,13 +34,17 @@ static void check_with_tail(const uint8_t *data, size_t size, enum media_kind ki
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     enum media_kind kind = (enum media_kind) - 1;
+    struct find_marks marks;
 
+    find_marks_init(&marks, MEDIA_PAGE_MARK, strlen(MEDIA_PAGE_MARK));
+    find_marks_look(&marks, (const char *)data, size / 2);
     if (examine(data, size, &kind) == ERR_NONE) {
         CHECK(strncmp(media_type(kind), kind == MEDIA_PDF ? "application/" : "image/", 6) == 0);
         check_with_tail(data, size, kind);
     }
     for (int k = MEDIA_PDF; k <= MEDIA_HEIF; k++) {
-        int64_t tokens = media_estimate_tokens((enum media_kind)k, data, size);
+        int64_t tokens =
+            media_estimate_tokens((enum media_kind)k, data, size, &marks, (const char *)data);
         CHECK(tokens >= 1000 && tokens <= 10000000);
     }
     return 0;

@@ -273,6 +273,16 @@ static char *load(const char *name, size_t *len)
     return data;
 }
 
+/* In a body that is the file alone. */
+static int64_t estimate_kind(enum media_kind kind, const char *data, size_t len)
+{
+    struct find_marks marks;
+
+    find_marks_init(&marks, MEDIA_PAGE_MARK, strlen(MEDIA_PAGE_MARK));
+    find_marks_look(&marks, data, len);
+    return media_estimate_tokens(kind, (const unsigned char *)data, len, &marks, data);
+}
+
 static void test_samples(void **state)
 {
     (void)state;
@@ -284,7 +294,7 @@ static void test_samples(void **state)
         assert_non_null(more);
         memcpy(more, data, len);
         expect(samples[i].name, more, len + 700, ERR_NONE, samples[i].kind);
-        int64_t tokens = media_estimate_tokens(samples[i].kind, (const unsigned char *)data, len);
+        int64_t tokens = estimate_kind(samples[i].kind, data, len);
         assert_in_range(tokens, 1120 * samples[i].pages + 1000, 3000 * samples[i].pages + 1000);
         free(more);
         free(data);
@@ -336,10 +346,10 @@ static void test_types(void **state)
 
 static int64_t estimate(const char *text, size_t len)
 {
-    unsigned char *copy = malloc(len);
+    char *copy = malloc(len);
     assert_non_null(copy);
     memcpy(copy, text, len);
-    int64_t tokens = media_estimate_tokens(MEDIA_PDF, copy, len);
+    int64_t tokens = estimate_kind(MEDIA_PDF, copy, len);
     free(copy);
     return tokens;
 }
@@ -360,8 +370,15 @@ static void test_estimates(void **state)
     assert_int_equal(estimate(FILE_OF("/Type /Page")), one);
     assert_int_equal(estimate(FILE_OF("/Type   ")), one);
     assert_true(estimate(large, sizeof large) >= one + 9 * page);
-    assert_int_equal(media_estimate_tokens(MEDIA_JPEG, (const unsigned char *)large, sizeof large),
-                     one);
+    assert_int_equal(estimate_kind(MEDIA_JPEG, large, sizeof large), one);
+    /* What stands before the file, or behind it, is not its own. */
+    static const char form[] = "/Type/Page /Type/Page.%PDF-/Type/Page /Type/Page /Type/Page.";
+    struct find_marks marks;
+    find_marks_init(&marks, MEDIA_PAGE_MARK, strlen(MEDIA_PAGE_MARK));
+    find_marks_look(&marks, form, sizeof form);
+    assert_int_equal(
+        media_estimate_tokens(MEDIA_PDF, (const unsigned char *)form + 22, 27, &marks, form),
+        one + page);
     buf_init(&b, sizeof large);
     for (int i = 0; i < 1001; i++)
         buf_append_str(&b, "/Type/Page ");

@@ -36,15 +36,21 @@ static enum err_code parse(const char *type, const char *body, size_t len, struc
                            struct err *err)
 {
     struct multipart_part parts[MULTIPART_MAX_PARTS];
+    struct find_marks delimiter;
     char *copy = malloc(len > 0 ? len : 1);
-    size_t count = 1000;
+    size_t count = 0;
     struct arena arena;
 
     assert_non_null(copy);
     memcpy(copy, body, len);
     arena_init(&arena);
     *err = (struct err){0};
-    enum err_code code = multipart_parse(&arena, type, copy, len, parts, &count, err);
+    enum err_code code = multipart_delimiter(type, &delimiter, err);
+    if (code == ERR_NONE) {
+        find_marks_look(&delimiter, copy, len / 2); /* the rest is found while it is parsed */
+        count = 1000;
+        code = multipart_parse(&arena, &delimiter, copy, len, parts, &count, err);
+    }
     assert_true(code == ERR_NONE ||
                 (code == ERR_BAD_REQUEST && err->code == code && err->message[0] != '\0'));
     assert_true(count <= MULTIPART_MAX_PARTS);

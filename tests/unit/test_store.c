@@ -479,8 +479,19 @@ static void makes_a_missing_summary(void **state)
     sql("DELETE FROM TokenUsageSummary");
     struct store_settlement s = a_settlement(ID(2), 1, 50);
     settle(&s);
+    assert_false(s.threshold_crossed || s.exceeded);
     expect("750|250|100",
            "SELECT TotalUsedTokens, TotalRemainingTokens, ReservedTokens FROM TokenUsageSummary");
+    /* and knows then how far the token has come */
+    sql("DELETE FROM TokenUsageSummary");
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 800");
+    s = a_settlement(ID(3), 1, 49);
+    settle(&s);
+    assert_true(s.threshold_crossed);
+    assert_false(s.exceeded);
+    expect("799|1|100",
+           "SELECT TotalUsedTokens, TotalRemainingTokens, ReservedTokens FROM TokenUsageSummary");
+    expect_sums();
     /* what was used counts before the row is there */
     sql("DELETE FROM TokenUsageSummary");
     sql("UPDATE TokenMaster SET TotalTokenLimit = 750");
@@ -1007,7 +1018,8 @@ static void settles_all_reservations_of_a_token(void **state)
     expect("200", "SELECT ReservedTokens FROM TokenUsageSummary");
     struct store_settlement s = a_settlement(ID(1), id, 5);
     settle(&s);
-    expect("2", "SELECT COUNT(*) FROM TokenReservations WHERE State = 'settled'");
+    expect("2", "SELECT COUNT(*) FROM TokenReservations"
+                " WHERE State = 'settled' AND ClosedAt IS NOT NULL");
     expect("0", "SELECT ReservedTokens FROM TokenUsageSummary");
     expect("5|NULL", "SELECT TotalUsedTokens, TotalRemainingTokens FROM TokenUsageSummary");
     expect_sums();
@@ -1093,6 +1105,7 @@ static void nothing_spent_is_released(void **state)
 static void the_threshold_is_crossed_once_and_the_limit_ends_a_token(void **state)
 {
     (void)state;
+    char crossed[64];
     int64_t id = add_token("NT047", 100);
     struct store_settlement s = a_settlement(ID(1), id, 79);
     settle(&s);
@@ -1103,9 +1116,12 @@ static void the_threshold_is_crossed_once_and_the_limit_ends_a_token(void **stat
     assert_true(s.threshold_crossed);
     assert_false(s.exceeded);
     expect("1", "SELECT " IS_SET("ThresholdCrossedAt") " FROM TokenUsageSummary");
+    sql("UPDATE TokenUsageSummary SET ThresholdCrossedAt = %s", backend->a_minute_ago);
+    backend->row("SELECT ThresholdCrossedAt FROM TokenUsageSummary", crossed, sizeof crossed);
     s = a_settlement(ID(3), id, 19);
     settle(&s);
     assert_false(s.threshold_crossed || s.exceeded);
+    expect(crossed, "SELECT ThresholdCrossedAt FROM TokenUsageSummary");
     expect("Active", "SELECT Status FROM TokenMaster");
     s = a_settlement(ID(4), id, 5);
     settle(&s);
@@ -1909,6 +1925,95 @@ static void chooses_among_many(void **state)
     uuid_v7(id);
     a = an_acquire(id, "NT047");
     assert_int_equal(GRANT_COOLING, acquire(&a));
+}
+
+static void add_many(int count)
+{
+    sql("BEGIN");
+    for (int i = 0; i < count; i++)
+        sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('NT047', 'AIza-of-many-%d')", i);
+    sql("COMMIT");
+}
+
+/* Whatever the store remembers of them, what the rows say now is what counts. */
+static void many_are_taken_as_they_are_now(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    add_many(60);
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    sql("UPDATE TokenMaster SET Status = 'Disabled' WHERE TokenID %% 3 = 0");
+    sql("UPDATE TokenMaster SET CompanyID = 'Other' WHERE TokenID %% 3 = 1");
+    sql("UPDATE TokenMaster SET ApiKey = 'AIza-new' WHERE TokenID %% 3 = 2");
+    for (uint64_t choice = 0; choice < 40; choice++) {
+        char id[UUID_TEXT_SIZE];
+        uuid_v7(id);
+        a = an_acquire(id, "NT047");
+        a.choice = choice;
+        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        assert_int_equal(2, a.token_id % 3);
+        assert_string_equal("AIza-new", a.api_key);
+        assert_string_equal("NT047", a.company_id_stored);
+    }
+    sql("UPDATE TokenMaster SET TotalTokenLimit = 0");
+    assert_int_equal(GRANT_UNAVAILABLE, acquire_new("NT047", &a));
+    assert_string_equal("", a.api_key);
+    int64_t added = add_token("NT047", -1);
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    assert_int_equal(added, a.token_id);
+    expect_sums();
+}
+
+/* One that can serve again is chosen before long, also while others can. */
+static void one_of_many_comes_back(void **state)
+{
+    (void)state;
+    struct store_acquire a;
+    char id[UUID_TEXT_SIZE];
+    int64_t deadline_ms = clock_monotonic_ms() + 30000;
+    add_many(40);
+    sql("UPDATE TokenMaster SET Status = 'Disabled' WHERE ApiKey = 'AIza-of-many-7'");
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &a));
+    sql("UPDATE TokenMaster SET Status = 'Active' WHERE ApiKey = 'AIza-of-many-7'");
+    for (uint64_t choice = 0; strcmp("AIza-of-many-7", a.api_key) != 0; choice++) {
+        assert_true(clock_monotonic_ms() < deadline_ms);
+        uuid_v7(id);
+        a = an_acquire(id, "NT047");
+        a.choice = choice;
+        assert_int_equal(GRANT_TOKEN, acquire(&a));
+    }
+}
+
+/* Nobody gets the share of a neighbour that can't serve. */
+static void many_are_equally_likely(void **state)
+{
+    (void)state;
+    enum { MANY = 40, ROUNDS = 20, BATCH = 50 };
+    struct store_acquire items[BATCH];
+    struct store_acquire *pointers[BATCH];
+    char ids[BATCH][UUID_TEXT_SIZE];
+    int taken[MANY + 1] = {0};
+    uint64_t choice = 1;
+    struct err err = {0};
+    add_many(MANY);
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT047", &items[0]));
+    sql("UPDATE TokenMaster SET CooldownUntil = '2099-01-01T00:00:00.000Z' WHERE TokenID %% 8 < 3");
+    for (int round = 0; round < ROUNDS; round++) {
+        for (int i = 0; i < BATCH; i++) {
+            uuid_v7(ids[i]);
+            items[i] = an_acquire(ids[i], "NT047");
+            choice = choice * UINT64_C(2862933555777941757) + UINT64_C(3037000493);
+            items[i].choice = choice ^ choice >> 32;
+            pointers[i] = &items[i];
+        }
+        assert_int_equal(ERR_NONE, driver->acquire(store, pointers, BATCH, &err));
+        for (int i = 0; i < BATCH; i++) {
+            assert_int_equal(GRANT_TOKEN, items[i].grant);
+            taken[items[i].token_id]++;
+        }
+    }
+    for (int id = 1; id <= MANY; id++) /* 40 each */
+        assert_in_range(taken[id], id % 8 < 3 ? 0 : 15, id % 8 < 3 ? 0 : 75);
 }
 
 /* ---- many at once ---- */
@@ -4578,6 +4683,9 @@ static const struct CMUnitTest contract[] = {
     CONTRACT(serves_its_provider_only),
     CONTRACT(chooses_among_the_usable),
     CONTRACT(chooses_among_many),
+    CONTRACT(many_are_taken_as_they_are_now),
+    CONTRACT(one_of_many_comes_back),
+    CONTRACT(many_are_equally_likely),
     CONTRACT(the_newest_token_decides_the_message),
     CONTRACT(keeps_to_the_limit),
     CONTRACT(makes_a_missing_summary),

@@ -133,7 +133,7 @@ static enum err_code open_pattern(struct upload *upload, int64_t size, char *sta
     struct err err = {0};
 
     config.server.state_dir = state_dir;
-    enum err_code code = upload_open(upload, &request, &config, &err);
+    enum err_code code = upload_open(upload, &request, &config, NULL, 0, &err);
     assert_int_equal(err.code, code);
     assert_int_equal(source.at, size); /* what is refused is read all the same */
     return code;
@@ -159,6 +159,38 @@ static void test_stdin(void **state)
         upload_close(&upload);
     }
     assert_int_equal(open_files(), files);
+}
+
+/* One that stands nowhere, and one that comes every 251 bytes. */
+static void init_marks(struct find_marks *marks)
+{
+    find_marks_init(&marks[0], "\1\1", 2);
+    find_marks_init(&marks[1], "\372\0", 2);
+}
+
+static void check_marks(const struct find_marks *marks, size_t len)
+{
+    assert_int_equal(marks[0].count, 0);
+    assert_int_equal(marks[0].seen, len - 1); /* all was looked at */
+    assert_int_equal(marks[1].count, FIND_MARKS);
+    for (size_t i = 0; i < FIND_MARKS; i++)
+        assert_int_equal(marks[1].at[i], i * 251 + 250);
+}
+
+static void test_marks_of_stdin(void **state)
+{
+    struct source source = {MB, 0};
+    struct request request = request_of(&source, MB, "");
+    struct config config = config_of(MB, unset);
+    struct find_marks marks[2];
+    struct upload upload;
+    struct err err;
+    (void)state;
+
+    init_marks(marks);
+    assert_int_equal(upload_open(&upload, &request, &config, marks, 2, &err), ERR_NONE);
+    check_marks(marks, (size_t)MB);
+    upload_close(&upload);
 }
 
 /* Small uploads need no disk, large ones do not stay in memory. */
@@ -235,7 +267,7 @@ static void test_stdin_refused(void **state)
         struct config config = config_of(cases[i].max, unset);
         struct upload upload;
         struct err err = {0};
-        enum err_code code = upload_open(&upload, &request, &config, &err);
+        enum err_code code = upload_open(&upload, &request, &config, NULL, 0, &err);
         if (code != cases[i].code || err.code != code ||
             strstr(err.message, cases[i].words) == NULL)
             fail_msg("%s: %s: %s", cases[i].what, err_info(code)->name, err.message);
@@ -256,7 +288,7 @@ static void test_up_to_the_limit(void **state)
     struct err err;
     (void)state;
 
-    assert_int_equal(upload_open(&upload, &request, &config, &err), ERR_NONE);
+    assert_int_equal(upload_open(&upload, &request, &config, NULL, 0, &err), ERR_NONE);
     upload_close(&upload);
 }
 
@@ -272,7 +304,7 @@ static enum err_code open_body(const char *path, int64_t length, int64_t max, ch
     struct request request = request_of(&source, length, path[0] == '/' ? path : whole);
     struct config config = config_of(max, dir);
     *err = (struct err){0};
-    return upload_open(upload, &request, &config, err);
+    return upload_open(upload, &request, &config, NULL, 0, err);
 }
 
 static int set_up_bodies(void **state)
@@ -372,6 +404,26 @@ static void test_body_file(void **state)
     assert_int_equal(open_files(), files);
 }
 
+static void test_marks_of_body_file(void **state)
+{
+    char path[256];
+    struct source source = {0, 0};
+    struct find_marks marks[2];
+    struct upload upload;
+    struct err err;
+    (void)state;
+
+    write_file("bodies/large", MB);
+    make_path(path, sizeof path, "bodies/large");
+    struct request request = request_of(&source, MB, path);
+    struct config config = config_of(MB, bodies);
+    init_marks(marks);
+    assert_int_equal(upload_open(&upload, &request, &config, marks, 2, &err), ERR_NONE);
+    check_marks(marks, (size_t)MB);
+    upload_close(&upload);
+    assert_int_equal(remove(path), 0);
+}
+
 static void test_body_file_limits(void **state)
 {
     struct upload upload;
@@ -432,11 +484,13 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_stdin),
+        cmocka_unit_test(test_marks_of_stdin),
         cmocka_unit_test(test_where_the_spool_is),
         cmocka_unit_test(test_memory),
         cmocka_unit_test(test_stdin_refused),
         cmocka_unit_test(test_up_to_the_limit),
         cmocka_unit_test_setup_teardown(test_body_file, set_up_bodies, tear_down_bodies),
+        cmocka_unit_test(test_marks_of_body_file),
         cmocka_unit_test_setup_teardown(test_body_file_limits, set_up_bodies, tear_down_bodies),
         cmocka_unit_test(test_problem),
     };

@@ -63,10 +63,12 @@ os.environ["TEST_STORE"] = TEST_STORE
 IS_LIVE = bool(os.environ.get("MSSQL_SERVER"))
 PATIENCE = 120.0 if IS_LIVE else 30.0  # seconds: an upper bound for what must happen, never a delay
 
-# Modules of what is not everywhere: the embedded store's file; a server that runs T-SQL; its ownership chaining.
+# Modules of what is not everywhere: the embedded store's file; a server that runs T-SQL, that may be stopped; its ownership
+# chaining.
 collect_ignore = [name for name, is_there in (
     ("test_embedded.py", TEST_STORE == "sqlite"),
     ("test_mssql_live.py", IS_LIVE),
+    ("test_mssql_restart.py", IS_LIVE and "MSSQL_STOP" in os.environ and "MSSQL_START" in os.environ),
     ("test_mssql_rights.py", IS_LIVE and os.environ.get("MSSQL_RIGHTS") != "no")) if not is_there]
 
 # Quick retries for tests; what a test is about it sets itself.
@@ -199,9 +201,15 @@ def tls_front(_emulator: Emulator, certificate: Path) -> Iterator[TlsFront]:
 
 # ---- SQL Server, live or tests/tds_server ----
 
-# A live server plans each procedure when a session calls it first; tests that want a call to be given up soon get that
-# from store_away.
+# A live server may plan each procedure when a session calls it first: none is given up sooner than this, and whoever waits
+# for it in the queue waits, too. Tests that want a call to be given up get that from store_away.
 LIVE_QUERY_TIMEOUT = os.environ.get("MSSQL_QUERY_TIMEOUT", "20s")
+
+
+def seconds(duration: str) -> float:
+    """Of a setting: 200ms, 0.2s, 20s."""
+    return float(duration[:-2]) / 1000 if duration.endswith("ms") else float(duration.removesuffix("s"))
+
 
 # Said on standard error, since there is no table for it yet.
 SETTING_UP = r"^\S+Z INFO store_mssql_\w+ \S+ \w+ setting up the schema"
@@ -470,7 +478,10 @@ class Stack:
         self.relay = None
         if self.sql_server is not None and self.sql_server.tds is None:
             self.relay = Relay(self.sql_server.address)
-            self.env |= {"EXTRACT_STORE_SERVER": self.relay.address, "EXTRACT_STORE_QUERY_TIMEOUT": LIVE_QUERY_TIMEOUT}
+            self.env.setdefault("EXTRACT_SERVER_QUEUE_WAIT", "100s")
+            own = self.env.get("EXTRACT_STORE_QUERY_TIMEOUT", LIVE_QUERY_TIMEOUT)
+            self.env |= {"EXTRACT_STORE_SERVER": self.relay.address,
+                         "EXTRACT_STORE_QUERY_TIMEOUT": max(own, LIVE_QUERY_TIMEOUT, key=seconds)}
         if by_path:
             (self.dir / "server.d" / "transport.conf").symlink_to(ROOT / "nginx/extract-fcgi-body-file.conf")
             self.env["EXTRACT_SERVER_BODY_FILE_DIR"] = str(self.dir / "body")

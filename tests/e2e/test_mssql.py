@@ -633,7 +633,7 @@ def test_two_hundred_at_once(anywhere: MakeStack, emulator: Emulator, crowd: Thr
 def test_limit_under_load(anywhere: MakeStack, emulator: Emulator, crowd: ThreadPoolExecutor, pdf: bytes) -> None:
     """Never more is reserved and used than the limit allows, by whichever process."""
     stack = anywhere(processes=3, env={"EXTRACT_SERVER_QUEUE": "256", "EXTRACT_SERVER_QUEUE_WAIT": "100s",
-                                       "EXTRACT_GEMINI_RESERVE_TOKENS": "8000", "EXTRACT_STORE_QUERY_TIMEOUT": "30s"})
+                                       "EXTRACT_GEMINI_RESERVE_TOKENS": "8000", "EXTRACT_STORE_QUERY_TIMEOUT": "60s"})
     stack.token("NT047", None, "--limit", "40000")
     watching, over = threading.Event(), []
 

@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from broken import padded_pdf, pdf_minimal, sample
-from conftest import IS_LIVE, Answer, Emulator, Stack, free_port, refused
+from conftest import IS_LIVE, Answer, Emulator, Stack, eventually, free_port, refused
 
 Step = dict[str, Any]
 MakeStack = Callable[..., Stack]
@@ -796,7 +796,10 @@ def test_the_same_token_after_a_wait(stack: Stack, emulator: Emulator, company: 
 def test_deadline(make_stack: MakeStack, emulator: Emulator, pdf: bytes, pool: ThreadPoolExecutor) -> None:
     # Seconds: an attempt starts before the first, none after the second, and nobody waits for the third.
     early, late, hint = (5.0, 5.2, 6) if IS_LIVE else (0.5, 0.7, 2)
-    stack = make_stack(env={"EXTRACT_SERVER_DEADLINE": f"{5 + early}s", "EXTRACT_GEMINI_TIMEOUT": "10m"})
+    stack = make_stack(env={"EXTRACT_SERVER_DEADLINE": f"{5 + early}s", "EXTRACT_GEMINI_TIMEOUT": "10m", "EXTRACT_STORE_POOL_SIZE": "1"})
+    stack.token("first")  # who meets a session whose plans are not made yet
+    eventually(lambda: stack.post(pdf, "first").status == 200)
+    emulator.reset()
     tokens = {name: Tokens(stack, name, count) for name, count in
               (("late", 1), ("slow", 1), ("hint", 1), ("texts", 1), ("others", 2))}
     emulator.script(tokens["late"].key, {"hold": True}, repeat=True)

@@ -1894,12 +1894,12 @@ static void chooses_among_many(void **state)
     int64_t ids[COUNT_OF_MANY];
     int taken[COUNT_OF_MANY] = {0};
     char id[UUID_TEXT_SIZE];
-    sql("BEGIN");
+    sql("BEGIN TRANSACTION");
     for (int i = 0; i < COUNT_OF_MANY; i++)
         sql("INSERT INTO TokenMaster (CompanyID, ApiKey, TotalTokenLimit)"
             " VALUES ('NT047', 'AIza-of-many-%d', 1000000)",
             i);
-    sql("COMMIT");
+    sql("COMMIT TRANSACTION");
     for (int i = 0; i < COUNT_OF_MANY; i++)
         ids[i] = number("SELECT MIN(TokenID) FROM TokenMaster") + i;
     for (int i = 0; i < COUNT_OF_MANY; i++) {

@@ -5,7 +5,7 @@
     RUNS=5                      how often each figure is measured; tables show median (lowest to highest)
     FULL=1                      also measures in each run what else is measured in the first one only
     PYTHON_STACK=no             leaves it out
-    PROCESSES=2 THREADS=32      of the pools       BY_PATH=1   uploads by path
+    PROCESSES=1 THREADS=64      of the pools       BY_PATH=1   uploads by path
     MSSQL_SERVER=host:port MSSQL_USER=… MSSQL_PASSWORD_FILE=…   part mssql, as for make check-mssql
 
 Exits 1 if the product's or the floor's requests fail, or if an account does not balance. No figure makes it fail.

@@ -25,8 +25,8 @@ import conftest  # noqa: E402
 from probes import cpu_seconds  # noqa: E402
 from conftest import BUILD, SqlServer, Stack, eventually, free_port, listening, live_server, start_nginx  # noqa: E402
 
-PROCESSES = int(os.environ.get("PROCESSES", "2"))
-THREADS = int(os.environ.get("THREADS", "32"))
+PROCESSES = int(os.environ.get("PROCESSES", "1"))
+THREADS = int(os.environ.get("THREADS", "64"))
 MODEL = "gemini-3.5-flash"
 STARTERS = ("spawn-fcgi", "multiwatch", "strace", "valgrind")
 BY_PATH = bool(os.environ.get("BY_PATH"))  # uploads as files by their path, instead of through the socket

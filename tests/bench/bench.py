@@ -503,11 +503,11 @@ def grow_tokens(bench: Bench) -> None:
     with running(bench.product(companies=0)) as (product,):
         for company, count in zip(COMPANIES, counts.values()):
             product.add_tokens(company, count)
-        bench.load(product, 20 * KB, 32, 1, companies=len(counts))
+        bench.load(product, 20 * KB, 32, 5, companies=len(counts))  # each token has its sums then
         for run in range(RUNS):
             say(f"growth with tokens, run {run + 1} of {RUNS}")
             for company, name in zip(COMPANIES, counts):
-                result = outcome(wrk(product.url(False), 32, 1, [bench.uploads.of(20 * KB, company)]))
+                result = outcome(wrk(product.url(False), 32, 2, [bench.uploads.of(20 * KB, company)]))
                 product.quiet()
                 if result.failed:
                     bench.faults.append(f"growth: {result.failed} requests failed with {name} tokens")

@@ -1,5 +1,5 @@
 """A live server that ends in the middle and comes back. Commands of the environment do that: MSSQL_STOP (docker kill …,
-pg_ctl stop, systemctl stop) and MSSQL_START, which returns when the server takes logins again."""
+systemctl stop) and MSSQL_START, which returns when the server takes logins again."""
 from __future__ import annotations
 
 import os

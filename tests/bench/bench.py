@@ -214,7 +214,7 @@ def measure_throughput(bench: Bench, store: str, server: Any, aim: float, cells:
                                if times)]
         rows.append([*row, spread(ratios(cell, "floor")), spread(ratios(cell, FloorWithRows.name)), spread(ratios(cell, "floor", Unsynced.name)),
                      spread(ratios(cell, "python stack"))])
-    table(f"Throughput on {store}: requests/s, and p50 / p99 in ms; {PROCESSES} processes of {THREADS} threads"
+    table(f"Throughput on {store}: requests/s, and p50 / p99 in ms; {PROCESSES} x {THREADS} threads"
           + (", uploads by path" if BY_PATH else ""),
           ["upload", "clients", "wire", "companies", "product", "ms", "floor", "ms", FloorWithRows.name, "ms", "python stack", "ms",
            "of the floor", "... with rows", "... without fsync", "times python"], rows)
@@ -427,7 +427,7 @@ def memory(bench: Bench) -> None:
                 rows[system.name]["idle"].append(probes.pss(system.pids())["Pss"])
     table(f"Memory of the pool, PSS in MB: 4 processes of 250 threads, {flight:,} requests of 200 KB in flight, answers after 5 s",
           ["", *columns], [[name, *(spread(values[column]) for column in columns)] for name, values in rows.items()],
-          f"The uploads themselves: {uploads_mb:.0f} MB. Python stack: 2 processes, idle; it can have 40 requests a process in flight.")
+          f"The uploads themselves: {uploads_mb:.0f} MB. Python stack: {PROCESSES} process{'es' * (PROCESSES > 1)}, idle; it can have 40 requests a process in flight.")
     table("Memory of one upload of 50 MB, MB beyond the upload itself (its spool), highest seen", ["", "MB"],
           [[name, spread(values)] for name, values in one.items()])
     product = rows["product"]

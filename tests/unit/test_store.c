@@ -148,12 +148,19 @@ static enum store_grant acquire(struct store_acquire *a)
     return a->grant;
 }
 
-static enum store_grant acquire_new(const char *company, struct store_acquire *a)
+static enum store_grant acquire_chosen(const char *company, uint64_t choice,
+                                       struct store_acquire *a)
 {
     static char id[UUID_TEXT_SIZE];
     uuid_v7(id);
     *a = an_acquire(id, company);
+    a->choice = choice;
     return acquire(a);
+}
+
+static enum store_grant acquire_new(const char *company, struct store_acquire *a)
+{
+    return acquire_chosen(company, 0, a);
 }
 
 static struct store_settlement a_settlement(const char *request_id, int64_t token_id, int64_t total)
@@ -387,11 +394,7 @@ static void chooses_among_the_usable(void **state)
     sql("UPDATE TokenMaster SET Status = 'Disabled' WHERE TokenID = %lld", (long long)ids[1]);
     const int64_t expected[] = {ids[0], ids[2], ids[3], ids[0], ids[2]};
     for (uint64_t choice = 0; choice < 5; choice++) {
-        char id[UUID_TEXT_SIZE];
-        uuid_v7(id);
-        a = an_acquire(id, "NT047");
-        a.choice = choice;
-        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        assert_int_equal(GRANT_TOKEN, acquire_chosen("NT047", choice, &a));
         assert_int_equal(expected[choice], a.token_id);
     }
     char id[UUID_TEXT_SIZE];
@@ -1915,10 +1918,7 @@ static void chooses_among_many(void **state)
     sql("UPDATE TokenMaster SET CooldownUntil = '2099-01-01T00:00:00.000Z' WHERE TokenID <> %lld",
         (long long)ids[77]);
     for (uint64_t choice = 0; choice < 8; choice++) {
-        uuid_v7(id);
-        a = an_acquire(id, "NT047");
-        a.choice = choice;
-        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        assert_int_equal(GRANT_TOKEN, acquire_chosen("NT047", choice, &a));
         assert_int_equal(ids[77], a.token_id);
     }
     sql("UPDATE TokenMaster SET Provider = 'Another' WHERE TokenID = %lld", (long long)ids[77]);
@@ -1946,11 +1946,7 @@ static void many_are_taken_as_they_are_now(void **state)
     sql("UPDATE TokenMaster SET CompanyID = 'Other' WHERE TokenID %% 3 = 1");
     sql("UPDATE TokenMaster SET ApiKey = 'AIza-new' WHERE TokenID %% 3 = 2");
     for (uint64_t choice = 0; choice < 40; choice++) {
-        char id[UUID_TEXT_SIZE];
-        uuid_v7(id);
-        a = an_acquire(id, "NT047");
-        a.choice = choice;
-        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        assert_int_equal(GRANT_TOKEN, acquire_chosen("NT047", choice, &a));
         assert_int_equal(2, a.token_id % 3);
         assert_string_equal("AIza-new", a.api_key);
         assert_string_equal("NT047", a.company_id_stored);
@@ -1969,7 +1965,6 @@ static void one_of_many_comes_back(void **state)
 {
     (void)state;
     struct store_acquire a;
-    char id[UUID_TEXT_SIZE];
     int64_t deadline_ms = clock_monotonic_ms() + 30000;
     add_many(40);
     sql("UPDATE TokenMaster SET Status = 'Disabled' WHERE ApiKey = 'AIza-of-many-7'");
@@ -1977,10 +1972,7 @@ static void one_of_many_comes_back(void **state)
     sql("UPDATE TokenMaster SET Status = 'Active' WHERE ApiKey = 'AIza-of-many-7'");
     for (uint64_t choice = 0; strcmp("AIza-of-many-7", a.api_key) != 0; choice++) {
         assert_true(clock_monotonic_ms() < deadline_ms);
-        uuid_v7(id);
-        a = an_acquire(id, "NT047");
-        a.choice = choice;
-        assert_int_equal(GRANT_TOKEN, acquire(&a));
+        assert_int_equal(GRANT_TOKEN, acquire_chosen("NT047", choice, &a));
     }
 }
 

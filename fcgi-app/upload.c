@@ -6,6 +6,7 @@
 #include <linux/openat2.h>
 #include <pthread.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -19,6 +20,7 @@
 #define LARGEST ((size_t)8 * 1024 * 1024)   /* … to here; a larger upload goes to a file, */
 #define AT_ONCE ((size_t)128 * 1024 * 1024) /* and so does one that comes while so much is taken */
 #define KEPT ((size_t)16 * 1024 * 1024)     /* for the next uploads, at most */
+#define HUGE_PAGE ((size_t)2 * 1024 * 1024) /* and where there is none of that size, no harm is done */
 
 /* Lies in the memory itself. */
 struct spare {
@@ -46,6 +48,28 @@ static struct spare *find_spare(size_t room)
     return NULL;
 }
 
+/* Huge pages are for what lies between two of their borders, so the memory begins at one. Those that
+ * size fills are asked for, and what is beyond comes in small ones: nothing is used that is not filled. */
+static void *map_memory(size_t size, size_t room)
+{
+    const size_t slack = size < HUGE_PAGE ? 0 : HUGE_PAGE;
+    char *map =
+        mmap(NULL, room + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (map == MAP_FAILED)
+        return NULL;
+    size_t before = slack == 0 ? 0 : -(uintptr_t)map & (HUGE_PAGE - 1);
+    if (before > 0)
+        munmap(map, before);
+    if (slack > before)
+        munmap(map + before + room, slack - before);
+    map += before;
+    madvise(map, room, MADV_DONTDUMP); /* people's invoices */
+    if (slack > 0)
+        madvise(map, size / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+    return map;
+}
+
 /* NULL: a file must do. */
 static void *take_memory(size_t size, size_t *room)
 {
@@ -62,13 +86,8 @@ static void *take_memory(size_t size, size_t *room)
         found = find_spare(*room);
     }
     pthread_mutex_unlock(&memory.lock);
-    if (!may || found != NULL)
+    if (!may || found != NULL || (found = map_memory(size, *room)) != NULL)
         return found;
-    found = mmap(NULL, *room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (found != MAP_FAILED) {
-        madvise(found, *room, MADV_DONTDUMP); /* people's invoices */
-        return found;
-    }
     pthread_mutex_lock(&memory.lock);
     memory.taken -= *room;
     pthread_mutex_unlock(&memory.lock);
@@ -121,7 +140,7 @@ static enum err_code too_large(const struct config *config, struct err *err)
                    (long long)max);
 }
 
-/* A nameless file of size bytes, its space allocated: writing to its mapping can't fail later. */
+/* A nameless file of size bytes, its space allocated: what is lacking is known before anything is read. */
 static int open_spool(const char *state_dir, size_t size)
 {
     int fd = open(state_dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
@@ -143,46 +162,91 @@ static int open_spool(const char *state_dir, size_t size)
     return fd;
 }
 
-static void *map_spool(const char *state_dir, size_t size, struct err *err)
+static enum err_code broke_off(struct err *err)
 {
-    int fd = open_spool(state_dir, size);
+    return err_set(err, ERR_BAD_REQUEST, "The upload stopped before its end.");
+}
 
-    if (fd < 0) {
-        err_set(err, ERR_STORAGE_FULL, "no spool of %zu bytes for the upload: %s", size,
-                strerror(errno));
-        return NULL;
+static enum err_code read_into_memory(struct upload *upload, struct request *request,
+                                      struct err *err)
+{
+    for (size_t done = 0; done < upload->len; look(upload, done)) {
+        size_t n = up_to(upload->len - done);
+        if (request->read(request->io, (char *)upload->map + done, n) < n)
+            return broke_off(err);
+        done += n;
     }
-    void *map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    close(fd);
-    if (map != MAP_FAILED)
-        return map;
-    err_set(err, ERR_STORAGE_FULL, "the upload cannot be mapped: %s", strerror(errno));
-    return NULL;
+    return ERR_NONE;
+}
+
+static bool write_all(int fd, const char *data, size_t len, size_t at)
+{
+    while (len > 0) {
+        ssize_t n = pwrite(fd, data, len, (off_t)at);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return false;
+        data += n;
+        len -= (size_t)n;
+        at += (size_t)n;
+    }
+    return true;
+}
+
+static enum err_code no_spool(const struct upload *upload, const char *what, struct err *err)
+{
+    return err_set(err, ERR_STORAGE_FULL, "no spool of %zu bytes for the upload: %s: %s",
+                   upload->len, what, strerror(errno));
+}
+
+/* Written, not filled through its mapping: the kernel has half the work with a page that is written. */
+static enum err_code read_into_file(struct upload *upload, struct request *request, int fd,
+                                    struct err *err)
+{
+    enum err_code code = ERR_NONE;
+    char *piece = malloc(AT_A_TIME);
+
+    if (piece == NULL)
+        return err_set(err, ERR_INTERNAL, "out of memory");
+    for (size_t done = 0; code == ERR_NONE && done < upload->len; look(upload, done)) {
+        size_t n = up_to(upload->len - done);
+        if (request->read(request->io, piece, n) < n)
+            code = broke_off(err);
+        else if (!write_all(fd, piece, n, done))
+            code = no_spool(upload, "write", err);
+        else
+            done += n;
+    }
+    free(piece);
+    return code;
 }
 
 static enum err_code open_stdin(struct upload *upload, struct request *request,
                                 const struct config *config, struct err *err)
 {
-    size_t size = (size_t)request->content_length;
-    void *data = take_memory(size, &upload->room);
+    const size_t size = (size_t)request->content_length;
+    enum err_code code;
 
-    if (data == NULL) {
-        upload->room = 0;
-        data = map_spool(config->server.state_dir, size, err);
-    }
-    if (data == NULL)
-        return err->code;
-    upload->map = data;
-    upload->data = data;
     upload->len = size;
-    for (size_t done = 0; done < size;) {
-        size_t n = up_to(size - done);
-        if (request->read(request->io, (char *)data + done, n) < n)
-            return err_set(err, ERR_BAD_REQUEST, "The upload stopped before its end.");
-        done += n;
-        look(upload, done);
+    upload->map = take_memory(size, &upload->room);
+    if (upload->map != NULL) {
+        upload->data = upload->map;
+        return read_into_memory(upload, request, err);
     }
-    return ERR_NONE;
+    upload->room = 0;
+    int fd = open_spool(config->server.state_dir, size);
+    if (fd < 0)
+        return no_spool(upload, "open", err);
+    void *map = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) {
+        code = no_spool(upload, "map", err);
+    } else {
+        upload->data = upload->map = map;
+        code = read_into_file(upload, request, fd, err);
+    }
+    close(fd);
+    return code;
 }
 
 /* ---- by path ---- */

@@ -461,9 +461,11 @@ def acquire_one(db: Database, now: int, item: dict[str, Any]) -> dict[str, Any]:
 
 def each_item(db: Database, items: list[dict[str, Any]], columns: list[tuple[str, Type]],
               work: Callable[[Database, int, dict[str, Any]], dict[str, Any]]) -> Result:
-    """One row for each item; a bad one fails alone."""
-    now, rows = now_ms(), []
+    """One row for each item; a bad one fails alone. The time is that of the turn to write: who waited for it must not
+    take a cooldown that began meanwhile for longer than it is."""
+    rows = []
     with db.transaction():
+        now = now_ms()
         for item in items:
             db.run("SAVEPOINT item")
             try:

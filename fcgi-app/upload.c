@@ -20,7 +20,8 @@
 #define LARGEST ((size_t)8 * 1024 * 1024)   /* … to here; a larger upload goes to a file, */
 #define AT_ONCE ((size_t)128 * 1024 * 1024) /* and so does one that comes while so much is taken */
 #define KEPT ((size_t)16 * 1024 * 1024)     /* for the next uploads, at most */
-#define HUGE_PAGE ((size_t)2 * 1024 * 1024) /* and where there is none of that size, no harm is done */
+#define HUGE_PAGE \
+    ((size_t)2 * 1024 * 1024) /* and where there is none of that size, no harm is done */
 
 /* Lies in the memory itself. */
 struct spare {
@@ -113,11 +114,11 @@ static void give_memory(void *data, size_t room)
 
 /* ---- looking at it ---- */
 
-#define AT_A_TIME ((size_t)128 * 1024) /* stays in a processor's cache until it was looked at */
+#define AT_A_TIME ((size_t)32 * 1024) /* stays in the nearest cache until it was looked at */
 
-static size_t up_to(size_t left)
+static size_t up_to(size_t at_a_time, size_t left)
 {
-    return left < AT_A_TIME ? left : AT_A_TIME;
+    return left < at_a_time ? left : at_a_time;
 }
 
 static void look(const struct upload *upload, size_t len)
@@ -127,6 +128,9 @@ static void look(const struct upload *upload, size_t len)
 }
 
 /* ---- by FastCGI's stdin ---- */
+
+#define WRITTEN_AT_A_TIME \
+    ((size_t)128 * 1024) /* to a file: fewer and larger pieces cost the kernel less */
 
 static enum err_code too_large(const struct config *config, struct err *err)
 {
@@ -171,7 +175,7 @@ static enum err_code read_into_memory(struct upload *upload, struct request *req
                                       struct err *err)
 {
     for (size_t done = 0; done < upload->len; look(upload, done)) {
-        size_t n = up_to(upload->len - done);
+        size_t n = up_to(AT_A_TIME, upload->len - done);
         if (request->read(request->io, (char *)upload->map + done, n) < n)
             return broke_off(err);
         done += n;
@@ -205,12 +209,12 @@ static enum err_code read_into_file(struct upload *upload, struct request *reque
                                     struct err *err)
 {
     enum err_code code = ERR_NONE;
-    char *piece = malloc(AT_A_TIME);
+    char *piece = malloc(WRITTEN_AT_A_TIME);
 
     if (piece == NULL)
         return err_set(err, ERR_INTERNAL, "out of memory");
     for (size_t done = 0; code == ERR_NONE && done < upload->len; look(upload, done)) {
-        size_t n = up_to(upload->len - done);
+        size_t n = up_to(WRITTEN_AT_A_TIME, upload->len - done);
         if (request->read(request->io, piece, n) < n)
             code = broke_off(err);
         else if (!write_all(fd, piece, n, done))
@@ -309,7 +313,7 @@ static enum err_code open_body_file(struct upload *upload, struct request *reque
             upload->data = map;
             upload->len = (size_t)st.st_size;
             for (size_t seen = 0; seen < upload->len; look(upload, seen))
-                seen += up_to(upload->len - seen);
+                seen += up_to(AT_A_TIME, upload->len - seen);
         }
     }
     close(fd);

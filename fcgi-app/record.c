@@ -25,7 +25,7 @@
 #define ATTEMPTS_MAX 2048
 #define ENTRIES_AT_ONCE 256
 #define ATTEMPTS_AT_ONCE 64
-#define GATHER_MS 20
+#define GATHER_MS 100
 #define RETRY_FOR_MS 2000 /* how long a batch is offered to a store that is away */
 #define RETRY_EVERY_MS 100
 

@@ -15,7 +15,7 @@
 #include "store_mssql.h"
 
 /* What sql/setup_database.sql sets up. */
-#define SCHEMA_VERSION 5
+#define SCHEMA_VERSION 6
 #define SCHEMA_MAJOR 1
 #define NO_SUCH_PROCEDURE 2812
 #define LOCK_WAIT_MS 120000

@@ -9,7 +9,7 @@
 -- it creates what is missing, replaces views, procedures and the trigger, and leaves every row as it
 -- is. Over the five plain tables of the system before this one it is the upgrade: what it found there,
 -- and what it did about it, is printed and stays in dbo.AuditLog (README.md, "Replacing the Python
--- service"). When all is well, the last that it prints is "schema version 5 is complete".
+-- service"). When all is well, the last that it prints is "schema version 6 is complete".
 --
 -- It comes in numbered steps, and each wants the one before done: a tool that goes on after an error
 -- (SSMS, tsql, sqlcmd without -b) gets no further, and the version is noted by the last step only.
@@ -25,7 +25,7 @@
 -- table of a few rows SQL Server would rather scan, and a scan asks for the locks of everybody.
 -- TR_TokenMaster_TotalTokenLimit alone goes the other way, and says why that is safe.
 --
--- Every view, procedure and trigger says "(schema 5)" in its first line: with a new version of this
+-- Every view, procedure and trigger says "(schema 6)" in its first line: with a new version of this
 -- script all of them change, and the last step looks for it.
 --
 -- The SETs are needed: tables with filtered indexes take no change from a session without them
@@ -1007,7 +1007,7 @@ GO
 -- Each token with its limit and use; of the key only its end.
 DROP VIEW IF EXISTS dbo.vw_TokenStatus
 GO
-CREATE VIEW dbo.vw_TokenStatus AS -- (schema 5)
+CREATE VIEW dbo.vw_TokenStatus AS -- (schema 6)
 SELECT t.TokenID,
        t.CompanyID,
        t.CompanyName,
@@ -1033,7 +1033,7 @@ GO
 -- What each company used with each token since the beginning, rolled-up months included.
 DROP VIEW IF EXISTS dbo.vw_UsageSummary
 GO
-CREATE VIEW dbo.vw_UsageSummary AS -- (schema 5)
+CREATE VIEW dbo.vw_UsageSummary AS -- (schema 6)
 SELECT ISNULL(u.CompanyID, t.CompanyID) AS CompanyID,
        u.TokenID,
        SUM(u.RequestCount) AS RequestCount,
@@ -1058,7 +1058,7 @@ GO
 -- Errors of the last seven days. Newest first: ORDER BY LogID DESC.
 DROP VIEW IF EXISTS dbo.vw_RecentErrors
 GO
-CREATE VIEW dbo.vw_RecentErrors AS -- (schema 5)
+CREATE VIEW dbo.vw_RecentErrors AS -- (schema 6)
 SELECT LogID, Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber,
        RequestID, Host, TraceID
 FROM dbo.ApplicationLogs
@@ -1069,7 +1069,7 @@ GO
 -- Failed calls of requests that never got an answer from Gemini (they have no usage row).
 DROP VIEW IF EXISTS dbo.vw_FailedRetries
 GO
-CREATE VIEW dbo.vw_FailedRetries AS -- (schema 5)
+CREATE VIEW dbo.vw_FailedRetries AS -- (schema 6)
 SELECT r.RetryID, r.TokenID, r.CompanyID, r.Attempt, r.ErrorMessage, r.IsRetryable, r.Timestamp,
        r.RequestID, r.StatusCode, r.DelayMs
 FROM dbo.RetryAttempts r
@@ -1079,7 +1079,7 @@ GO
 -- Requests that may have been billed without a usage row, for a DBA to reconcile with Google's bill.
 DROP VIEW IF EXISTS dbo.vw_UnsettledRequests
 GO
-CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 5)
+CREATE VIEW dbo.vw_UnsettledRequests AS -- (schema 6)
 SELECT r.ReservationID, r.RequestID, r.Sequence, r.TokenID, r.CompanyID, r.Branch, r.RequestedBy,
        r.EstimatedTokens, r.State, r.UnknownCalls, r.TokenSource, r.Host, r.ProcessID, r.CreatedAt,
        r.ExpiresAt
@@ -1100,7 +1100,7 @@ GO
 -- RECURSIVE_TRIGGERS, and then finds that the limit is not touched.
 DROP TRIGGER IF EXISTS dbo.TR_TokenMaster_TotalTokenLimit
 GO
-CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 5)
+CREATE TRIGGER dbo.TR_TokenMaster_TotalTokenLimit ON dbo.TokenMaster -- (schema 6)
 AFTER UPDATE
 AS
 BEGIN
@@ -1139,8 +1139,8 @@ DECLARE @name NVARCHAR(128) = N'', @sql NVARCHAR(400)
 WHILE 1 = 1
 BEGIN
     SET @name = (SELECT MIN(v.name)
-                 FROM (VALUES (N'usp_SchemaVersion'), (N'usp_Ping'), (N'usp_EnsureSummary'), (N'usp_ChangeToken'), (N'usp_UsableKey'), (N'usp_AcquireTokens'),
-                              (N'usp_SettleUsage'), (N'usp_RecordLogs'), (N'usp_ExpireReservations'), (N'usp_TextFault'), (N'usp_AddToken'),
+                 FROM (VALUES (N'usp_SchemaVersion'), (N'usp_Ping'), (N'usp_EnsureSummary'), (N'usp_ChangeToken'), (N'usp_UsableKey'), (N'usp_AcquireOneByOne'),
+                              (N'usp_AcquireTokens'), (N'usp_SettleOneByOne'), (N'usp_SettleUsage'), (N'usp_RecordLogs'), (N'usp_ExpireReservations'), (N'usp_TextFault'), (N'usp_AddToken'),
                               (N'usp_SetTokenStatus'), (N'usp_SetTokenKey'), (N'usp_SetTokenLimit'), (N'usp_ListTokens'),
                               (N'usp_UsageReport'), (N'usp_ListLogs'), (N'usp_ListRetries'), (N'usp_ListReservations'),
                               (N'usp_CountTokens'), (N'usp_ListAudit'), (N'usp_ActivateToken'), (N'usp_ListTokenKeys'),
@@ -1156,7 +1156,7 @@ END
 GO
 
 -- Which schema is this? Where the procedure is missing, there is none.
-ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 5)
+ALTER PROCEDURE dbo.usp_SchemaVersion -- (schema 6)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1166,7 +1166,7 @@ END
 GO
 
 -- Is the store there? One row of a table, so that a database that is merely recovering says no.
-ALTER PROCEDURE dbo.usp_Ping -- (schema 5)
+ALTER PROCEDURE dbo.usp_Ping -- (schema 6)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -1177,7 +1177,7 @@ GO
 
 -- For the procedures below: makes a token's row of TokenUsageSummary where it is missing, from what
 -- the other tables say. Whoever comes second gets a duplicate key, and the caller starts again.
-ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 5)
+ALTER PROCEDURE dbo.usp_EnsureSummary -- (schema 6)
     @TokenID BIGINT
 AS
 BEGIN
@@ -1204,7 +1204,7 @@ GO
 -- For the procedures below: what a failed call, or a limit, does to a token. @Status NULL: it cools
 -- down, and a cooldown is never shortened; else it gets that status, if it is still Active: whoever
 -- comes second changes nothing, and what took a token its status stays readable.
-ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 5)
+ALTER PROCEDURE dbo.usp_ChangeToken -- (schema 6)
     @TokenID    BIGINT,
     @Status     NVARCHAR(20),
     @CooldownMs BIGINT,
@@ -1245,7 +1245,7 @@ GO
 -- For the procedures below: an API key without what clings to one that was pasted (line ends, spaces,
 -- control characters, at both ends). @Usable NULL: what is left is not 1 to 1024 visible ASCII
 -- characters, and could not be sent.
-ALTER PROCEDURE dbo.usp_UsableKey -- (schema 5)
+ALTER PROCEDURE dbo.usp_UsableKey -- (schema 6)
     @ApiKey NVARCHAR(4000),
     @Usable NVARCHAR(1024) OUTPUT
 AS
@@ -1263,16 +1263,13 @@ BEGIN
 END
 GO
 
--- A token for each request of @Items (a JSON array): records what went wrong with the token before,
--- closes its reservation unless it was spent, chooses among the usable ones and reserves. Idempotent
--- on (requestId, sequence). A request with an idempotency key takes it with its first token; another of
--- the company that comes with the same one within 24 hours gets none ('duplicate').
+-- All that usp_AcquireTokens promises, for any batch.
 --
 -- The plan is made without locks, then carried out: each Summary row of the plan, in ascending
 -- TokenID, takes its reservation only if there is still room. Where one has none left, all is taken
 -- back and done again with the Summary rows of every token in question locked first, in the same
 -- order; then what was read holds.
-ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 5)
+ALTER PROCEDURE dbo.usp_AcquireOneByOne -- (schema 6)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -1341,7 +1338,7 @@ BEGIN
     DECLARE @previous BIGINT, @fault NVARCHAR(20), @cooldown BIGINT, @reason NVARCHAR(1000), @text NVARCHAR(1000), @spent INT
     DECLARE @if_none INT, @only INT, @stored NVARCHAR(256), @again BIGINT, @reservation BIGINT, @amount BIGINT, @active INT
     DECLARE @usable INT, @cooling INT, @busy INT, @first BIGINT, @key NVARCHAR(4000), @limit BIGINT, @has_summary INT, @status NVARCHAR(20)
-    DECLARE @stopped INT, @served INT, @expired INT, @owner NVARCHAR(256)
+    DECLARE @late BIGINT, @stopped INT, @served INT, @expired INT, @owner NVARCHAR(256)
     DECLARE @idempotency NVARCHAR(4000), @key_company NVARCHAR(256), @holder NVARCHAR(64), @holder_done INT, @takes INT
 
     INSERT INTO @item (i, RequestID, Sequence, CompanyID, Branch, RequestedBy, Estimate, ExpiresMs, Choice, PreviousID, Fault, CooldownMs,
@@ -1778,6 +1775,8 @@ BEGIN
         END CATCH
     END
 
+    -- From now on, not from when it was read: whoever waited for a lock has waited for some of it already.
+    SET @late = DATEDIFF_BIG(MILLISECOND, @now, SYSUTCDATETIME())
     SELECT i,
            CAST(CASE WHEN Problem IS NULL THEN N'ok' ELSE N'bad_value' END AS NVARCHAR(20)) AS Code,
            Problem AS Message,
@@ -1785,7 +1784,7 @@ BEGIN
            CASE WHEN Problem IS NULL THEN TokenID ELSE 0 END AS TokenID,
            CAST(CASE WHEN Problem IS NULL THEN ApiKey END AS NVARCHAR(1024)) AS ApiKey,
            CAST(CASE WHEN Problem IS NULL THEN Stored END AS NVARCHAR(256)) AS CompanyID,
-           CASE WHEN Problem IS NULL THEN FirstUsableMs ELSE 0 END AS FirstUsableMs,
+           CASE WHEN Problem IS NULL AND FirstUsableMs > @late THEN FirstUsableMs - @late ELSE 0 END AS FirstUsableMs,
            CASE WHEN Problem IS NULL THEN BusyToo ELSE 0 END AS BusyToo,
            CASE WHEN Problem IS NULL THEN Stopped ELSE 0 END AS DisablingStopped,
            CAST(CASE WHEN Problem IS NULL THEN FirstRequestID END AS NVARCHAR(64)) AS FirstRequestID,
@@ -1795,17 +1794,174 @@ BEGIN
 END
 GO
 
--- Settles each item of @Items (a JSON array): what a request did with one token. Idempotent on
--- (requestId, tokenId): the usage row is what makes it happen once, and where it exists nothing is
--- done.
---   requestCount > 0        a usage row, the sums, the reservation is settled
---   else unknownCalls > 0   no row: the reservation becomes unsettled
---   else                    the reservation is released
--- releaseSequence > 0: of an acquire whose answer nobody heard. What it has reserved is released; where it
--- has not come yet, a row in its place makes it reserve nothing when it does.
--- idempotency 1: nothing was spent, the request's idempotency key may come again; 2: it is done.
--- Since the token's Summary row is locked first, nobody else settles or releases the same meanwhile.
-ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 5)
+-- A token for each request of @Items (a JSON array): records what went wrong with the token before,
+-- closes its reservation unless it was spent, chooses among the usable ones and reserves. Idempotent
+-- on (requestId, sequence). A request with an idempotency key takes it with its first token; another of
+-- the company that comes with the same one within 24 hours gets none ('duplicate').
+--
+-- Most batches ask for first tokens that can all be had: of companies whose tokens have room for everything
+-- that the batch asks for, so that no request has to see what those before it do. These are served here,
+-- in a few statements for all of them. Where one request is not so, nothing is done, and the whole batch goes
+-- to usp_AcquireOneByOne.
+ALTER PROCEDURE dbo.usp_AcquireTokens -- (schema 6)
+    @Items NVARCHAR(MAX)
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+
+    DECLARE @item TABLE (
+        i              INT NOT NULL,
+        IsOrdinary     INT NOT NULL,
+        RequestID      NVARCHAR(4000) NULL,
+        Sequence       BIGINT NULL,
+        CompanyID      NVARCHAR(4000) COLLATE Latin1_General_CI_AS NULL,
+        Branch         NVARCHAR(4000) NULL,
+        RequestedBy    NVARCHAR(4000) NULL,
+        Estimate       BIGINT NULL,
+        ExpiresMs      BIGINT NULL,
+        Choice         BIGINT NULL,
+        IdempotencyKey NVARCHAR(4000) COLLATE Latin1_General_BIN2 NULL,
+        Host           NVARCHAR(4000) NULL,
+        ProcessID      BIGINT NULL,
+        TokenID        BIGINT NULL, -- NULL: none yet
+        ApiKey         NVARCHAR(1024) NULL,
+        Stored         NVARCHAR(256) COLLATE Latin1_General_CI_AS NULL,
+        Limit          BIGINT NULL
+    )
+    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @is_ordinary INT, @with_keys INT, @asked BIGINT, @t BIGINT, @next BIGINT, @estimate BIGINT, @limit BIGINT
+
+    -- LEN forgets trailing spaces, hence the dot.
+    INSERT INTO @item (i, IsOrdinary, RequestID, Sequence, CompanyID, Branch, RequestedBy, Estimate, ExpiresMs, Choice, IdempotencyKey, Host, ProcessID)
+    SELECT j.i,
+           CASE WHEN LEN(j.requestId + N'.') BETWEEN 2 AND 65 AND j.sequence BETWEEN 1 AND 2147483647 AND LEN(j.companyId + N'.') BETWEEN 2 AND 257
+                     AND ISNULL(LEN(j.branch + N'.'), 0) <= 257 AND ISNULL(LEN(j.requestedBy + N'.'), 0) <= 257
+                     AND j.estimate BETWEEN 0 AND 1000000000000000 AND j.expiresMs BETWEEN 0 AND 31622400000 AND j.choice >= 0
+                     AND (j.idempotencyKey IS NULL OR LEN(j.idempotencyKey + N'.') BETWEEN 2 AND 129)
+                     AND j.previousTokenId = 0 AND j.fault = N'none' AND j.cooldownMs = 0 AND j.fallbackOnly = 0
+                     AND ISNULL(j.excluded, N'[]') NOT LIKE N'%{%' THEN 1
+                ELSE 0 END,
+           j.requestId, j.sequence, j.companyId, j.branch, j.requestedBy, j.estimate, j.expiresMs, j.choice, j.idempotencyKey, j.host, j.processId
+    FROM OPENJSON(@Items) WITH (
+        i INT, requestId NVARCHAR(4000) '$.requestId', sequence BIGINT, companyId NVARCHAR(4000) '$.companyId', branch NVARCHAR(4000),
+        requestedBy NVARCHAR(4000) '$.requestedBy', estimate BIGINT, expiresMs BIGINT '$.expiresMs', choice BIGINT,
+        previousTokenId BIGINT '$.previousTokenId', fault NVARCHAR(20), cooldownMs BIGINT '$.cooldownMs',
+        fallbackOnly INT '$.fallbackOnly', idempotencyKey NVARCHAR(4000) '$.idempotencyKey', host NVARCHAR(4000),
+        processId BIGINT '$.processId', excluded NVARCHAR(MAX) AS JSON) j
+    SELECT @is_ordinary = ISNULL(MIN(IsOrdinary), 0), @asked = SUM(Estimate), @with_keys = COUNT(IdempotencyKey) FROM @item
+
+    -- A token for each, by the company's index alone, and never holding a lock of it. Fit: 0 usable; 1 not now, or never;
+    -- 2 for the other procedure to look at (a key that was pasted by hand, no Summary row, too little room for all).
+    IF @is_ordinary = 1
+    BEGIN
+        UPDATE i
+        SET TokenID = k.TokenID, ApiKey = k.ApiKey, Stored = k.CompanyID, Limit = k.Limit
+        FROM @item i
+        JOIN (SELECT q.TokenID, q.CompanyID, q.Folded, q.ApiKey, q.Limit, q.Fit, MAX(q.Fit) OVER (PARTITION BY q.Folded) AS WorstFit,
+                     ROW_NUMBER() OVER (PARTITION BY q.Folded, q.Fit ORDER BY q.TokenID) - 1 AS Nth,
+                     COUNT(*) OVER (PARTITION BY q.Folded, q.Fit) AS Alike,
+                     MIN(q.Spelling) OVER (PARTITION BY q.Folded) AS FirstSpelling, MAX(q.Spelling) OVER (PARTITION BY q.Folded) AS LastSpelling
+              FROM (SELECT t.TokenID, LEFT(t.CompanyID, 256) AS CompanyID, LEFT(t.CompanyID, 256) COLLATE Latin1_General_BIN2 AS Spelling,
+                           UPPER(LEFT(t.CompanyID, 256)) COLLATE Latin1_General_BIN2 AS Folded, LEFT(t.ApiKey, 1024) AS ApiKey,
+                           t.TotalTokenLimit AS Limit,
+                           CASE WHEN ISNULL(t.Status, N'') <> N'Active' OR t.Provider NOT IN (N'', N'Google', N'Gemini') THEN 1
+                                WHEN s.TokenID IS NULL OR t.ApiKey IS NULL OR LEN(t.ApiKey) NOT BETWEEN 1 AND 1024
+                                     OR t.ApiKey LIKE N'%[^!-~]%' COLLATE Latin1_General_BIN2 THEN 2
+                                WHEN s.TotalUsedTokens >= t.TotalTokenLimit OR t.CooldownUntil > @now THEN 1
+                                WHEN s.TotalUsedTokens + s.ReservedTokens + @asked > t.TotalTokenLimit THEN 2
+                                ELSE 0 END AS Fit
+                    FROM (SELECT DISTINCT CompanyID FROM @item) c
+                    JOIN dbo.TokenMaster t ON t.CompanyID = c.CompanyID
+                    LEFT JOIN dbo.TokenUsageSummary s WITH (FORCESEEK) ON s.TokenID = t.TokenID) q) k
+            ON k.Folded = UPPER(i.CompanyID) COLLATE Latin1_General_BIN2 AND k.Nth = i.Choice % k.Alike
+        WHERE k.Fit = 0 AND k.WorstFit < 2
+          -- A count, which is looked for once for each: a join might read all of the table.
+          AND (SELECT COUNT(*) FROM dbo.TokenReservations r WITH (FORCESEEK) WHERE r.RequestID = i.RequestID AND r.Sequence = i.Sequence) = 0
+          -- An idempotency key goes by the newest token's spelling of the company: here it must be that of all.
+          AND (i.IdempotencyKey IS NULL
+               OR (k.FirstSpelling = k.LastSpelling
+                   AND (SELECT COUNT(*) FROM dbo.IdempotencyKeys u WITH (FORCESEEK)
+                        WHERE u.CompanyID = k.CompanyID AND u.IdempotencyKey = i.IdempotencyKey) = 0))
+        -- None for somebody, or the acquire or its key came before; or one comes twice.
+        IF EXISTS (SELECT 1 FROM @item WHERE TokenID IS NULL)
+           OR EXISTS (SELECT 1 FROM @item GROUP BY RequestID, Sequence HAVING COUNT(*) > 1)
+           OR (@with_keys > 0
+               AND EXISTS (SELECT 1 FROM @item WHERE IdempotencyKey IS NOT NULL GROUP BY Stored, IdempotencyKey HAVING COUNT(*) > 1))
+            SET @is_ordinary = 0
+    END
+    IF @is_ordinary = 1
+    BEGIN
+        BEGIN TRY
+            BEGIN TRANSACTION
+            -- TokenUsageSummary, in ascending TokenID: whatever has changed since, there must be room still.
+            SET @t = 0
+            WHILE 1 = 1
+            BEGIN
+                SET @next = NULL
+                SELECT TOP (1) @next = TokenID, @estimate = SUM(Estimate), @limit = MAX(Limit)
+                FROM @item
+                WHERE TokenID > @t
+                GROUP BY TokenID
+                ORDER BY TokenID
+                IF @next IS NULL
+                    BREAK
+                SET @t = @next
+                UPDATE s
+                SET ReservedTokens = ReservedTokens + @estimate
+                FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK)
+                WHERE s.TokenID = @t
+                  AND (@limit IS NULL OR (TotalUsedTokens < @limit AND TotalUsedTokens + ReservedTokens + @estimate <= @limit))
+                IF @@ROWCOUNT = 0
+                BEGIN
+                    SET @is_ordinary = 0
+                    BREAK
+                END
+            END
+            IF @is_ordinary = 1
+            BEGIN
+                INSERT INTO dbo.TokenReservations (RequestID, Sequence, TokenID, CompanyID, Branch, RequestedBy, EstimatedTokens, State,
+                                                   TokenSource, Host, ProcessID, CreatedAt, ExpiresAt)
+                SELECT RequestID, Sequence, TokenID, Stored, Branch, RequestedBy, Estimate, N'open', N'store', LEFT(Host, 256),
+                       CAST(ProcessID AS INT), @now,
+                       DATEADD(MILLISECOND, CAST(ExpiresMs % 1000 AS INT), DATEADD(SECOND, CAST(ExpiresMs / 1000 AS INT), @now))
+                FROM @item
+                ORDER BY i
+                IF @with_keys > 0
+                    INSERT INTO dbo.IdempotencyKeys (CompanyID, IdempotencyKey, RequestID, State, CreatedAt, ExpiresAt)
+                    SELECT Stored, IdempotencyKey, RequestID, N'in_progress', @now, DATEADD(HOUR, 24, @now)
+                    FROM @item
+                    WHERE IdempotencyKey IS NOT NULL
+                    ORDER BY Stored, IdempotencyKey
+                COMMIT TRANSACTION
+            END
+            ELSE
+                ROLLBACK TRANSACTION
+        END TRY
+        BEGIN CATCH
+            IF @@TRANCOUNT > 0
+                ROLLBACK TRANSACTION;
+            -- A duplicate key: the same acquire or idempotency key was written meanwhile.
+            IF ERROR_NUMBER() NOT IN (2601, 2627)
+                THROW;
+            SET @is_ordinary = 0
+        END CATCH
+    END
+    IF @is_ordinary = 0
+    BEGIN
+        EXEC dbo.usp_AcquireOneByOne @Items = @Items
+        RETURN 0
+    END
+    SELECT i, CAST(N'ok' AS NVARCHAR(20)) AS Code, CAST(NULL AS NVARCHAR(400)) AS Message, CAST(N'token' AS NVARCHAR(20)) AS [Grant], TokenID,
+           ApiKey, CAST(Stored AS NVARCHAR(256)) AS CompanyID, CAST(0 AS BIGINT) AS FirstUsableMs, 0 AS BusyToo, 0 AS DisablingStopped,
+           CAST(NULL AS NVARCHAR(64)) AS FirstRequestID, 0 AS FirstIsDone
+    FROM @item
+    ORDER BY i
+END
+GO
+
+-- All that usp_SettleUsage promises, for any batch. Since the token's Summary row is locked first, nobody else
+-- settles or releases the same meanwhile.
+ALTER PROCEDURE dbo.usp_SettleOneByOne -- (schema 6)
     @Items NVARCHAR(MAX)
 AS
 BEGIN
@@ -2211,10 +2367,197 @@ BEGIN
 END
 GO
 
+-- Settles each item of @Items (a JSON array): what a request did with one token. Idempotent on
+-- (requestId, tokenId): the usage row is what makes it happen once, and where it exists nothing is
+-- done.
+--   requestCount > 0        a usage row, the sums, the reservation is settled
+--   else unknownCalls > 0   no row: the reservation becomes unsettled
+--   else                    the reservation is released
+-- releaseSequence > 0: of an acquire whose answer nobody heard. What it has reserved is released; where it
+-- has not come yet, a row in its place makes it reserve nothing when it does.
+-- idempotency 1: nothing was spent, the request's idempotency key may come again; 2: it is done.
+--
+-- Most batches settle calls that were answered, by tokens that stay below threshold and limit. These are served
+-- here, in a few statements for all of them. Where one is not so, nothing is done, and the whole batch goes to
+-- usp_SettleOneByOne.
+ALTER PROCEDURE dbo.usp_SettleUsage -- (schema 6)
+    @Items NVARCHAR(MAX)
+AS
+BEGIN
+    SET NOCOUNT ON
+    SET XACT_ABORT ON
+
+    DECLARE @item TABLE (
+        i                    INT NOT NULL,
+        IsOrdinary           INT NOT NULL,
+        RequestID            NVARCHAR(4000) NULL,
+        TokenID              BIGINT NULL,
+        Branch               NVARCHAR(4000) NULL,
+        RequestedBy          NVARCHAR(4000) NULL,
+        ClientKeyID          NVARCHAR(4000) NULL,
+        TraceID              NVARCHAR(4000) NULL,
+        TokenSource          NVARCHAR(4000) NULL,
+        Model                NVARCHAR(4000) NULL,
+        InputTokens          BIGINT NULL,
+        OutputTokens         BIGINT NULL,
+        TextPromptTokens     BIGINT NULL,
+        ImagePromptTokens    BIGINT NULL,
+        TextCandidatesTokens BIGINT NULL,
+        ThoughtsTokens       BIGINT NULL,
+        CachedTokens         BIGINT NULL,
+        TotalTokens          BIGINT NULL,
+        RequestCount         BIGINT NULL,
+        UnknownCalls         BIGINT NULL,
+        DurationMs           BIGINT NULL,
+        LoggedAt             DATETIME2(3) NULL,
+        Idempotency          INT NULL
+    )
+    DECLARE @now DATETIME2(3), @is_ordinary INT, @keys INT, @t BIGINT, @next BIGINT, @total BIGINT, @open BIGINT, @known INT, @limit BIGINT, @used BIGINT
+    DECLARE @threshold FLOAT, @crossed_at DATETIME2(3), @before INT = 0
+    DECLARE @time NVARCHAR(100) = N'[12][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]%'
+    DECLARE @most BIGINT = 1000000000000000
+
+    -- LEN forgets trailing spaces, hence the dot.
+    INSERT INTO @item (i, IsOrdinary, RequestID, TokenID, Branch, RequestedBy, ClientKeyID, TraceID, TokenSource, Model, InputTokens,
+                       OutputTokens, TextPromptTokens, ImagePromptTokens, TextCandidatesTokens, ThoughtsTokens, CachedTokens, TotalTokens,
+                       RequestCount, UnknownCalls, DurationMs, LoggedAt, Idempotency)
+    SELECT j.i,
+           CASE WHEN LEN(j.requestId + N'.') BETWEEN 2 AND 65 AND j.tokenId > 0 AND LEN(j.companyId + N'.') BETWEEN 2 AND 257
+                     AND ISNULL(LEN(j.branch + N'.'), 0) <= 257 AND ISNULL(LEN(j.requestedBy + N'.'), 0) <= 257
+                     AND ISNULL(LEN(j.clientKeyId + N'.'), 0) <= 65 AND (j.traceId IS NULL OR LEN(j.traceId + N'.') BETWEEN 2 AND 33)
+                     AND j.tokenSource = N'store'
+                     AND j.inputTokens BETWEEN 0 AND @most AND j.outputTokens BETWEEN 0 AND @most AND j.textPromptTokens BETWEEN 0 AND @most
+                     AND j.imagePromptTokens BETWEEN 0 AND @most AND j.textCandidatesTokens BETWEEN 0 AND @most
+                     AND j.thoughtsTokens BETWEEN 0 AND @most AND j.cachedTokens BETWEEN 0 AND @most AND j.totalTokens BETWEEN 0 AND @most
+                     AND j.requestCount > 0 AND j.unknownCalls >= 0 AND ISNULL(j.durationMs, 0) >= 0
+                     AND (j.loggedAt IS NULL OR j.loggedAt LIKE @time) AND ISNULL(j.idempotency, 0) IN (0, 2)
+                     AND ISNULL(j.releaseSequence, 0) = 0 AND ISNULL(j.fault, N'none') = N'none' AND ISNULL(j.cooldownMs, 0) = 0 THEN 1
+                ELSE 0 END,
+           j.requestId, j.tokenId, j.branch, j.requestedBy, j.clientKeyId, j.traceId, j.tokenSource, LEFT(j.model, 256), j.inputTokens,
+           j.outputTokens, j.textPromptTokens, j.imagePromptTokens, j.textCandidatesTokens, j.thoughtsTokens, j.cachedTokens, j.totalTokens,
+           j.requestCount, j.unknownCalls, j.durationMs,
+           CASE WHEN j.loggedAt LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.loggedAt, 23), 126) END, ISNULL(j.idempotency, 0)
+    FROM OPENJSON(@Items) WITH (
+        i INT, requestId NVARCHAR(4000) '$.requestId', tokenId BIGINT '$.tokenId', companyId NVARCHAR(4000) '$.companyId',
+        branch NVARCHAR(4000), requestedBy NVARCHAR(4000) '$.requestedBy', clientKeyId NVARCHAR(4000) '$.clientKeyId',
+        traceId NVARCHAR(4000) '$.traceId', tokenSource NVARCHAR(4000) '$.tokenSource', model NVARCHAR(4000), inputTokens BIGINT '$.inputTokens',
+        outputTokens BIGINT '$.outputTokens', textPromptTokens BIGINT '$.textPromptTokens',
+        imagePromptTokens BIGINT '$.imagePromptTokens', textCandidatesTokens BIGINT '$.textCandidatesTokens',
+        thoughtsTokens BIGINT '$.thoughtsTokens', cachedTokens BIGINT '$.cachedTokens', totalTokens BIGINT '$.totalTokens',
+        requestCount BIGINT '$.requestCount', unknownCalls BIGINT '$.unknownCalls', durationMs BIGINT '$.durationMs',
+        loggedAt NVARCHAR(4000) '$.loggedAt', fault NVARCHAR(20), cooldownMs BIGINT '$.cooldownMs', idempotency INT,
+        releaseSequence BIGINT '$.releaseSequence') j
+    SELECT @is_ordinary = ISNULL(MIN(CASE WHEN LoggedAt IS NULL THEN 0 ELSE IsOrdinary END), 0), @keys = MAX(Idempotency) FROM @item
+
+    -- Settled before, in another batch or in this one? (A count, which is looked for once for each: a join might read all
+    -- of the table. That RequestID is not NULL is what the filtered index wants to hear.)
+    IF @is_ordinary = 1
+        SELECT @before = SUM(c.Number)
+        FROM @item i
+        CROSS APPLY (SELECT COUNT(*) AS Number
+                     FROM dbo.TokenUsageLogs u WITH (FORCESEEK)
+                     WHERE u.RequestID = i.RequestID AND u.RequestID IS NOT NULL AND u.TokenID = i.TokenID) c
+    IF @before > 0 OR EXISTS (SELECT 1 FROM @item GROUP BY RequestID, TokenID HAVING COUNT(*) > 1)
+        SET @is_ordinary = 0
+    IF @is_ordinary = 1
+    BEGIN
+        BEGIN TRY
+            BEGIN TRANSACTION
+            -- TokenUsageSummary, in ascending TokenID. Since its row is locked first, nobody else settles or releases the same
+            -- meanwhile, and the limit stays what is read.
+            SET @t = 0
+            WHILE 1 = 1
+            BEGIN
+                SET @next = NULL
+                SELECT TOP (1) @next = TokenID, @total = SUM(TotalTokens) FROM @item WHERE TokenID > @t GROUP BY TokenID ORDER BY TokenID
+                IF @next IS NULL
+                    BREAK
+                SET @t = @next
+                UPDATE s SET ReservedTokens = s.ReservedTokens FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK) WHERE s.TokenID = @t
+                SET @known = 0
+                SELECT @known = CASE WHEN t.CompanyID IS NULL THEN 0 ELSE 1 END, @limit = t.TotalTokenLimit, @used = s.TotalUsedTokens,
+                       @crossed_at = s.ThresholdCrossedAt,
+                       @threshold = CASE WHEN s.Threshold > 0 AND s.Threshold <= 1 THEN s.Threshold
+                                         WHEN s.Threshold > 1 AND s.Threshold <= 100 THEN s.Threshold / 100.0
+                                         ELSE 0.8 END
+                FROM dbo.TokenUsageSummary s WITH (FORCESEEK)
+                JOIN dbo.TokenMaster t ON t.TokenID = s.TokenID
+                WHERE s.TokenID = @t
+                IF @known = 0
+                   OR CASE WHEN @limit IS NULL THEN 0
+                           WHEN @used + @total >= @limit THEN 1
+                           WHEN @crossed_at IS NULL AND CAST(@used + @total AS FLOAT) / CAST(@limit AS FLOAT) >= @threshold THEN 1
+                           ELSE 0 END = 1
+                BEGIN
+                    SET @is_ordinary = 0
+                    BREAK
+                END
+                SELECT @open = ISNULL(SUM(c.EstimatedTokens), 0)
+                FROM @item i
+                CROSS APPLY (SELECT SUM(r.EstimatedTokens) AS EstimatedTokens
+                             FROM dbo.TokenReservations r WITH (FORCESEEK)
+                             WHERE r.RequestID = i.RequestID AND r.TokenID = @t AND r.State = N'open' AND r.ClosedAt IS NULL) c
+                WHERE i.TokenID = @t
+                SET @now = SYSUTCDATETIME()
+                UPDATE s
+                SET TotalUsedTokens = TotalUsedTokens + @total,
+                    TotalRemainingTokens = @limit - (TotalUsedTokens + @total),
+                    ReservedTokens = CASE WHEN ReservedTokens > @open THEN ReservedTokens - @open ELSE 0 END,
+                    LastUpdated = @now
+                FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK)
+                WHERE s.TokenID = @t
+            END
+            IF @is_ordinary = 1
+            BEGIN
+                UPDATE r
+                SET State = N'settled', ClosedAt = @now, UnknownCalls = i.UnknownCalls
+                FROM @item i
+                JOIN dbo.TokenReservations r WITH (INDEX (UX_TokenReservations_RequestID_Sequence), FORCESEEK, ROWLOCK) ON r.RequestID = i.RequestID
+                WHERE r.TokenID = i.TokenID AND r.ClosedAt IS NULL
+                INSERT INTO dbo.TokenUsageLogs (TokenID, Branch, RequestedBy, InputTokens, OutputTokens, TextPromptTokens, ImagePromptTokens,
+                                                TextCandidatesTokens, TotalTokensUsed, RequestCount, LoggedAt, RequestID, CompanyID,
+                                                ClientKeyID, TokenSource, ThoughtsTokens, CachedTokens, UnknownCalls, Model, DurationMs, TraceID)
+                SELECT i.TokenID, i.Branch, i.RequestedBy, i.InputTokens, i.OutputTokens, i.TextPromptTokens, i.ImagePromptTokens,
+                       i.TextCandidatesTokens, i.TotalTokens, i.RequestCount, i.LoggedAt, i.RequestID, LEFT(t.CompanyID, 256),
+                       i.ClientKeyID, i.TokenSource, i.ThoughtsTokens, i.CachedTokens, i.UnknownCalls, i.Model, i.DurationMs, i.TraceID
+                FROM @item i
+                JOIN dbo.TokenMaster t ON t.TokenID = i.TokenID
+                ORDER BY i.TokenID, i.i
+                IF @keys = 2
+                    UPDATE k
+                    SET State = N'done'
+                    FROM @item i
+                    JOIN dbo.IdempotencyKeys k WITH (INDEX (IX_IdempotencyKeys_RequestID), FORCESEEK, ROWLOCK) ON k.RequestID = i.RequestID
+                    WHERE i.Idempotency = 2
+                COMMIT TRANSACTION
+            END
+            ELSE
+                ROLLBACK TRANSACTION
+        END TRY
+        BEGIN CATCH
+            IF @@TRANCOUNT > 0
+                ROLLBACK TRANSACTION;
+            -- A duplicate key: the same settlement was written meanwhile.
+            IF ERROR_NUMBER() NOT IN (2601, 2627)
+                THROW;
+            SET @is_ordinary = 0
+        END CATCH
+    END
+    IF @is_ordinary = 0
+    BEGIN
+        EXEC dbo.usp_SettleOneByOne @Items = @Items
+        RETURN 0
+    END
+    SELECT i, CAST(N'ok' AS NVARCHAR(20)) AS Code, CAST(NULL AS NVARCHAR(400)) AS Message, 0 AS ThresholdCrossed, 0 AS Exceeded, 0 AS DisablingStopped
+    FROM @item
+    ORDER BY i
+END
+GO
+
 -- Writes log entries and failed calls (two JSON arrays), all in one transaction. A text too long for
 -- its column is cut: a log entry is never refused. @Again 1: an earlier call with them may have
 -- succeeded; those that are there are not kept twice.
-ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 5)
+ALTER PROCEDURE dbo.usp_RecordLogs -- (schema 6)
     @Entries  NVARCHAR(MAX),
     @Attempts NVARCHAR(MAX),
     @Again    INT = 0
@@ -2223,58 +2566,46 @@ BEGIN
     SET NOCOUNT ON
     SET XACT_ABORT ON
     DECLARE @time NVARCHAR(100) = N'[12][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]%'
-    DECLARE @there TABLE (n INT NOT NULL PRIMARY KEY) -- places in @Entries, and those in @Attempts below zero
-    IF @Again = 1
-    BEGIN
-        INSERT INTO @there (n)
-        SELECT CAST(a.[key] AS INT)
-        FROM OPENJSON(ISNULL(@Entries, N'[]')) a
-        CROSS APPLY OPENJSON(a.value) WITH (
-            t NVARCHAR(4000) '$.timestamp', module NVARCHAR(4000), line BIGINT, requestId NVARCHAR(4000) '$.requestId',
-            host NVARCHAR(4000)) j
-        WHERE j.t LIKE @time
-          AND EXISTS (SELECT 1 FROM dbo.ApplicationLogs x
-                      WHERE x.Timestamp = TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126)
-                        AND x.Message COLLATE Latin1_General_BIN2 = (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'message')
-                        AND x.Module = LEFT(j.module, 256)
-                        AND x.LineNumber = j.line
-                        AND ISNULL(x.RequestID, N'') = ISNULL(LEFT(j.requestId, 64), N'')
-                        AND x.Host = LEFT(j.host, 256))
-        INSERT INTO @there (n)
-        SELECT -1 - CAST(a.[key] AS INT)
-        FROM OPENJSON(ISNULL(@Attempts, N'[]')) a
-        CROSS APPLY OPENJSON(a.value) WITH (
-            attempt BIGINT, t NVARCHAR(4000) '$.timestamp', requestId NVARCHAR(4000) '$.requestId') j
-        WHERE j.t LIKE @time
-          AND EXISTS (SELECT 1 FROM dbo.RetryAttempts x
-                      WHERE x.Timestamp = TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126)
-                        AND x.RequestID = LEFT(j.requestId, 64)
-                        AND x.Attempt = ISNULL(j.attempt, 1))
-    END
     BEGIN TRANSACTION
     INSERT INTO dbo.ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber, RequestID, Host, TraceID)
     SELECT ISNULL(CASE WHEN j.t LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126) END, SYSUTCDATETIME()), ISNULL(LEFT(j.level, 20), N'INFO'), LEFT(j.logger, 256),
-           (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'message'),
-           (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'exception'),
+           CASE WHEN LEN(a.value) <= 4000 THEN j.message
+                ELSE (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'message') END,
+           CASE WHEN LEN(a.value) <= 4000 THEN j.exception
+                ELSE (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'exception') END,
            LEFT(j.module, 256), LEFT(j.func, 256), j.line, LEFT(j.requestId, 64), LEFT(j.host, 256), LEFT(j.traceId, 32)
     FROM OPENJSON(ISNULL(@Entries, N'[]')) a
     CROSS APPLY OPENJSON(a.value) WITH (
         t NVARCHAR(4000) '$.timestamp', level NVARCHAR(4000), logger NVARCHAR(4000), module NVARCHAR(4000),
         func NVARCHAR(4000) '$.function', line BIGINT, requestId NVARCHAR(4000) '$.requestId', host NVARCHAR(4000),
-        traceId NVARCHAR(4000) '$.traceId') j
-    WHERE NOT EXISTS (SELECT 1 FROM @there x WHERE x.n = CAST(a.[key] AS INT))
+        traceId NVARCHAR(4000) '$.traceId', message NVARCHAR(4000), exception NVARCHAR(4000)) j
+    WHERE @Again = 0
+       OR NOT EXISTS (SELECT 1 FROM dbo.ApplicationLogs x
+                      WHERE j.t LIKE @time
+                        AND x.Timestamp = TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126)
+                        AND x.Message COLLATE Latin1_General_BIN2 = (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'message')
+                        AND x.Module = LEFT(j.module, 256)
+                        AND x.LineNumber = j.line
+                        AND ISNULL(x.RequestID, N'') = ISNULL(LEFT(j.requestId, 64), N'')
+                        AND x.Host = LEFT(j.host, 256))
     ORDER BY CAST(a.[key] AS INT)
-    INSERT INTO dbo.RetryAttempts (TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable, Timestamp, RequestID, StatusCode, DelayMs)
-    SELECT NULLIF(j.tokenId, 0), LEFT(j.companyId, 256), ISNULL(j.attempt, 1), LEFT(j.errorMessage, 4000),
-           CASE WHEN j.isRetryable = N'1' OR j.isRetryable = N'true' THEN 1 ELSE 0 END,
-           ISNULL(CASE WHEN j.t LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126) END, SYSUTCDATETIME()), LEFT(j.requestId, 64), NULLIF(j.statusCode, 0), j.delayMs
-    FROM OPENJSON(ISNULL(@Attempts, N'[]')) a
-    CROSS APPLY OPENJSON(a.value) WITH (
-        tokenId BIGINT '$.tokenId', companyId NVARCHAR(4000) '$.companyId', attempt BIGINT, errorMessage NVARCHAR(4000) '$.errorMessage',
-        isRetryable NVARCHAR(10) '$.isRetryable', t NVARCHAR(4000) '$.timestamp', requestId NVARCHAR(4000) '$.requestId',
-        statusCode INT '$.statusCode', delayMs BIGINT '$.delayMs') j
-    WHERE NOT EXISTS (SELECT 1 FROM @there x WHERE x.n = -1 - CAST(a.[key] AS INT))
-    ORDER BY CAST(a.[key] AS INT)
+    IF @Attempts <> N'[]'
+        INSERT INTO dbo.RetryAttempts (TokenID, CompanyID, Attempt, ErrorMessage, IsRetryable, Timestamp, RequestID, StatusCode, DelayMs)
+        SELECT NULLIF(j.tokenId, 0), LEFT(j.companyId, 256), ISNULL(j.attempt, 1), LEFT(j.errorMessage, 4000),
+               CASE WHEN j.isRetryable = N'1' OR j.isRetryable = N'true' THEN 1 ELSE 0 END,
+               ISNULL(CASE WHEN j.t LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126) END, SYSUTCDATETIME()), LEFT(j.requestId, 64), NULLIF(j.statusCode, 0), j.delayMs
+        FROM OPENJSON(ISNULL(@Attempts, N'[]')) a
+        CROSS APPLY OPENJSON(a.value) WITH (
+            tokenId BIGINT '$.tokenId', companyId NVARCHAR(4000) '$.companyId', attempt BIGINT, errorMessage NVARCHAR(4000) '$.errorMessage',
+            isRetryable NVARCHAR(10) '$.isRetryable', t NVARCHAR(4000) '$.timestamp', requestId NVARCHAR(4000) '$.requestId',
+            statusCode INT '$.statusCode', delayMs BIGINT '$.delayMs') j
+        WHERE @Again = 0
+           OR NOT EXISTS (SELECT 1 FROM dbo.RetryAttempts x
+                          WHERE j.t LIKE @time
+                            AND x.Timestamp = TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126)
+                            AND x.RequestID = LEFT(j.requestId, 64)
+                            AND x.Attempt = ISNULL(j.attempt, 1))
+        ORDER BY CAST(a.[key] AS INT)
     COMMIT TRANSACTION
 END
 GO
@@ -2282,7 +2613,7 @@ GO
 -- Reservations past their time (their process died) become unsettled, with an unknown call. Called
 -- about once a minute, by any process; each token is a transaction of its own. Their requests'
 -- idempotency keys count as done; keys older than 24 hours go.
-ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 5)
+ALTER PROCEDURE dbo.usp_ExpireReservations -- (schema 6)
 AS
 BEGIN
     SET NOCOUNT ON
@@ -2357,7 +2688,7 @@ GO
 
 -- For the procedures below: what is wrong with a text, NULL where nothing is; the phrase completes a
 -- sentence that begins with its name.
-ALTER PROCEDURE dbo.usp_TextFault -- (schema 5)
+ALTER PROCEDURE dbo.usp_TextFault -- (schema 6)
     @Text  NVARCHAR(4000),
     @Fault NVARCHAR(100) OUTPUT
 AS
@@ -2377,7 +2708,7 @@ GO
 -- A new token. @TotalTokenLimit NULL: no limit. @Threshold: the share of the limit at which one
 -- warning is logged; NULL or 0: 0.8. @Pending 1: it has no key yet and is Disabled; usp_ActivateToken, in
 -- the same transaction, brings the key, which may have been sealed for this TokenID.
-ALTER PROCEDURE dbo.usp_AddToken -- (schema 5)
+ALTER PROCEDURE dbo.usp_AddToken -- (schema 6)
     @Actor           NVARCHAR(4000),
     @CompanyID       NVARCHAR(4000),
     @CompanyName     NVARCHAR(4000) = NULL,
@@ -2434,7 +2765,7 @@ END
 GO
 
 -- The key of a token that usp_AddToken has added without one; it is Active from now on.
-ALTER PROCEDURE dbo.usp_ActivateToken -- (schema 5)
+ALTER PROCEDURE dbo.usp_ActivateToken -- (schema 6)
     @TokenID BIGINT,
     @ApiKey  NVARCHAR(4000)
 AS
@@ -2464,7 +2795,7 @@ END
 GO
 
 -- A token's status, by hand: Active, Expired, Exceeded or Disabled. Active ends a cooldown.
-ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 5)
+ALTER PROCEDURE dbo.usp_SetTokenStatus -- (schema 6)
     @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
     @Status  NVARCHAR(4000),
@@ -2513,7 +2844,7 @@ END
 GO
 
 -- Another key for a token: the old one serves no request that begins after this.
-ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 5)
+ALTER PROCEDURE dbo.usp_SetTokenKey -- (schema 6)
     @Actor   NVARCHAR(4000),
     @TokenID BIGINT,
     @ApiKey  NVARCHAR(4000)
@@ -2554,7 +2885,7 @@ GO
 
 -- The API keys as they are, plain or sealed, of up to @Rows tokens after that one; those that are longer
 -- than any key are left out. For extractctl, which seals them.
-ALTER PROCEDURE dbo.usp_ListTokenKeys -- (schema 5)
+ALTER PROCEDURE dbo.usp_ListTokenKeys -- (schema 6)
     @AfterID BIGINT,
     @Rows    INT
 AS
@@ -2569,7 +2900,7 @@ END
 GO
 
 -- The same key in another form, sealed or sealed anew: only from what usp_ListTokenKeys said of it.
-ALTER PROCEDURE dbo.usp_ResealToken -- (schema 5)
+ALTER PROCEDURE dbo.usp_ResealToken -- (schema 6)
     @Actor    NVARCHAR(4000),
     @TokenID  BIGINT,
     @ApiKey   NVARCHAR(4000),
@@ -2615,7 +2946,7 @@ GO
 
 -- A token's limit (NULL: none) and threshold (NULL or 0: unchanged). The sums follow; an Exceeded
 -- token with room again becomes Active, an Active one without becomes Exceeded.
-ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 5)
+ALTER PROCEDURE dbo.usp_SetTokenLimit -- (schema 6)
     @Actor           NVARCHAR(4000),
     @TokenID         BIGINT,
     @TotalTokenLimit BIGINT,
@@ -2682,7 +3013,7 @@ GO
 
 -- Whose client key has this hash (SHA-256, 64 hexadecimal digits)? No row: unknown, or revoked.
 -- CompanyID NULL: an administrator's.
-ALTER PROCEDURE dbo.usp_FindClientKey -- (schema 5)
+ALTER PROCEDURE dbo.usp_FindClientKey -- (schema 6)
     @KeyHash NVARCHAR(64)
 AS
 BEGIN
@@ -2696,7 +3027,7 @@ GO
 
 -- A new client key: its ID (up to 32 hexadecimal digits) and hash; the key itself comes nowhere near the
 -- database. @CompanyID NULL: an administrator's.
-ALTER PROCEDURE dbo.usp_AddClientKey -- (schema 5)
+ALTER PROCEDURE dbo.usp_AddClientKey -- (schema 6)
     @Actor       NVARCHAR(4000),
     @ClientKeyID NVARCHAR(4000),
     @KeyHash     NVARCHAR(4000),
@@ -2748,7 +3079,7 @@ END
 GO
 
 -- Ends a client key: no request that begins after this is let in by it. One that is revoked stays as it is.
-ALTER PROCEDURE dbo.usp_RevokeClientKey -- (schema 5)
+ALTER PROCEDURE dbo.usp_RevokeClientKey -- (schema 6)
     @Actor       NVARCHAR(4000),
     @ClientKeyID NVARCHAR(4000)
 AS
@@ -2790,7 +3121,7 @@ GO
 -- 2026-11-22T12:13:21.123Z), IDs below @BeforeID (the next page), at most @Rows rows. Times come out
 -- as text in that form, newest rows first. RECOMPILE: one plan for all filters would be a bad one.
 -- vw_TokenStatus.
-ALTER PROCEDURE dbo.usp_ListTokens -- (schema 5)
+ALTER PROCEDURE dbo.usp_ListTokens -- (schema 6)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2833,7 +3164,7 @@ GO
 
 -- What was used, by @By: day, company, branch, user or token. Rolled-up months are not in it (vw_UsageSummary).
 -- North and north are two branches, whatever this database's collation; a company is one in any case.
-ALTER PROCEDURE dbo.usp_UsageReport -- (schema 5)
+ALTER PROCEDURE dbo.usp_UsageReport -- (schema 6)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -2982,7 +3313,7 @@ END
 GO
 
 -- ApplicationLogs. An entry has no company but that of its request. @ErrorsOnly 1: ERROR and CRITICAL.
-ALTER PROCEDURE dbo.usp_ListLogs -- (schema 5)
+ALTER PROCEDURE dbo.usp_ListLogs -- (schema 6)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3022,7 +3353,7 @@ END
 GO
 
 -- RetryAttempts.
-ALTER PROCEDURE dbo.usp_ListRetries -- (schema 5)
+ALTER PROCEDURE dbo.usp_ListRetries -- (schema 6)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3058,7 +3389,7 @@ END
 GO
 
 -- Reservations that are open or unsettled. @UnsettledOnly 1: vw_UnsettledRequests.
-ALTER PROCEDURE dbo.usp_ListReservations -- (schema 5)
+ALTER PROCEDURE dbo.usp_ListReservations -- (schema 6)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3131,7 +3462,7 @@ GO
 -- How many tokens have which status; what they have together. What remains, remains of a limit: a token
 -- without one (Unlimited) adds nothing to it. OverThreshold counts also what is used up. Cooling: not to be
 -- used at this moment.
-ALTER PROCEDURE dbo.usp_CountTokens -- (schema 5)
+ALTER PROCEDURE dbo.usp_CountTokens -- (schema 6)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3162,7 +3493,7 @@ END
 GO
 
 -- AuditLog.
-ALTER PROCEDURE dbo.usp_ListAudit -- (schema 5)
+ALTER PROCEDURE dbo.usp_ListAudit -- (schema 6)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3197,7 +3528,7 @@ END
 GO
 
 -- ClientKeys, but for the hashes.
-ALTER PROCEDURE dbo.usp_ListClientKeys -- (schema 5)
+ALTER PROCEDURE dbo.usp_ListClientKeys -- (schema 6)
     @CompanyID NVARCHAR(256) = NULL,
     @RequestID NVARCHAR(64) = NULL,
     @Since     NVARCHAR(24) = NULL,
@@ -3302,13 +3633,14 @@ DECLARE @missing NVARCHAR(2000) = N''
 SELECT @missing = @missing + N' ' + v.name
 FROM (VALUES (N'vw_TokenStatus'), (N'vw_UsageSummary'), (N'vw_RecentErrors'), (N'vw_FailedRetries'), (N'vw_UnsettledRequests'),
              (N'TR_TokenMaster_TotalTokenLimit'), (N'usp_SchemaVersion'), (N'usp_Ping'), (N'usp_EnsureSummary'), (N'usp_ChangeToken'),
-             (N'usp_UsableKey'), (N'usp_AcquireTokens'), (N'usp_SettleUsage'), (N'usp_RecordLogs'), (N'usp_ExpireReservations'),
+             (N'usp_UsableKey'), (N'usp_AcquireOneByOne'), (N'usp_AcquireTokens'), (N'usp_SettleOneByOne'), (N'usp_SettleUsage'),
+             (N'usp_RecordLogs'), (N'usp_ExpireReservations'),
              (N'usp_TextFault'), (N'usp_AddToken'), (N'usp_SetTokenStatus'), (N'usp_SetTokenKey'), (N'usp_SetTokenLimit'),
              (N'usp_ListTokens'), (N'usp_UsageReport'), (N'usp_ListLogs'), (N'usp_ListRetries'), (N'usp_ListReservations'),
              (N'usp_CountTokens'), (N'usp_ListAudit'), (N'usp_ActivateToken'), (N'usp_ListTokenKeys'), (N'usp_ResealToken'),
              (N'usp_FindClientKey'), (N'usp_AddClientKey'), (N'usp_RevokeClientKey'), (N'usp_ListClientKeys')) AS v (name)
 WHERE NOT EXISTS (SELECT 1 FROM sys.sql_modules m
-                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 5)%')
+                  WHERE m.object_id = OBJECT_ID(N'dbo.' + v.name) AND m.definition LIKE N'%(schema 6)%')
 IF @missing <> N''
 BEGIN
     SET @missing = N'extract-fcgi: the setup is not complete, and no version was noted. These are missing, or older:' + @missing;
@@ -3324,12 +3656,12 @@ IF OBJECT_ID(N'dbo.SchemaVersion', N'U') IS NULL
         CONSTRAINT CK_SchemaVersion_OneRow CHECK (SchemaVersionID = 1)
     )
 UPDATE dbo.SchemaVersion
-SET Version = 5, Major = 1, AppliedAt = SYSUTCDATETIME()
-WHERE SchemaVersionID = 1 AND Version < 5
+SET Version = 6, Major = 1, AppliedAt = SYSUTCDATETIME()
+WHERE SchemaVersionID = 1 AND Version < 6
 IF NOT EXISTS (SELECT 1 FROM dbo.SchemaVersion WHERE SchemaVersionID = 1)
-    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 5, 1)
+    INSERT INTO dbo.SchemaVersion (SchemaVersionID, Version, Major) VALUES (1, 6, 1)
 COMMIT TRANSACTION
-PRINT N'extract-fcgi: schema version 5 is complete'
+PRINT N'extract-fcgi: schema version 6 is complete'
 GO
 SET NOEXEC OFF
 GO

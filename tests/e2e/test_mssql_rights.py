@@ -41,6 +41,7 @@ STATEMENTS: dict[str, set[str]] = {
         "TokenMaster", "TokenUsageLogs", "TokenUsageSummary", "TokenUsageMonthly", "TokenReservations", "ApplicationLogs",
         "RetryAttempts", "ClientKeys", "IdempotencyKeys", "AuditLog", "SchemaVersion")},
     **{f"EXEC dbo.{call}": set() for call in (  # what the other procedures call
+        "usp_AcquireOneByOne @Items = N'[]'", "usp_SettleOneByOne @Items = N'[]'",
         "usp_EnsureSummary @TokenID = 1", "usp_TextFault @Text = N'x', @Fault = N''",
         "usp_UsableKey @ApiKey = N'x', @Usable = N''",
         "usp_ChangeToken @TokenID = 1, @Status = NULL, @CooldownMs = NULL, @Reason = NULL, @Detail = NULL, @RequestID = NULL,"

@@ -1929,10 +1929,10 @@ static void chooses_among_many(void **state)
 
 static void add_many(int count)
 {
-    sql("BEGIN");
+    sql("BEGIN TRANSACTION");
     for (int i = 0; i < count; i++)
         sql("INSERT INTO TokenMaster (CompanyID, ApiKey) VALUES ('NT047', 'AIza-of-many-%d')", i);
-    sql("COMMIT");
+    sql("COMMIT TRANSACTION");
 }
 
 /* Whatever the store remembers of them, what the rows say now is what counts. */

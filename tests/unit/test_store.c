@@ -907,6 +907,92 @@ static void a_batch_sees_itself(void **state)
     expect_sums();
 }
 
+/* What most batches are: nothing in them has to see what is before it. As good as one by one. */
+static void an_ordinary_batch(void **state)
+{
+    (void)state;
+    enum { COUNT_OF_ALL = 8 };
+    static const char *const ids[] = {ID(1), ID(2), ID(3), ID(4), ID(5), ID(6), ID(7), ID(8)};
+    struct store_acquire acquires[COUNT_OF_ALL], *asked[COUNT_OF_ALL];
+    struct store_settlement settlements[COUNT_OF_ALL], *told[COUNT_OF_ALL];
+    struct store_acquire a;
+    struct err err = {0};
+    add_token("NT047", -1);
+    add_token("NT047", 1000000);
+    add_token("NT048", -1);
+    for (uint64_t i = 0; i < 2; i++)
+        assert_int_equal(GRANT_TOKEN, acquire_chosen("NT047", i, &a));
+    assert_int_equal(GRANT_TOKEN, acquire_new("NT048", &a));
+
+    for (int again = 0; again < 2; again++) {
+        for (size_t i = 0; i < COUNT_OF_ALL; i++) {
+            acquires[i] = an_acquire(ids[i], i == 4 ? "nt048" : "nt047");
+            acquires[i].choice = i;
+            acquires[i].idempotency_key = i == 3 ? "k" : NULL;
+            asked[i] = &acquires[i];
+        }
+        assert_int_equal(ERR_NONE, driver->acquire(store, asked, COUNT_OF_ALL, &err));
+        for (size_t i = 0; i < COUNT_OF_ALL; i++) {
+            assert_int_equal(ERR_NONE, acquires[i].code);
+            assert_int_equal(GRANT_TOKEN, acquires[i].grant);
+            assert_int_equal(i == 4 ? 3 : 1 + i % 2, acquires[i].token_id);
+            assert_string_equal(i == 4 ? "NT048" : "NT047", acquires[i].company_id_stored);
+            assert_true(acquires[i].api_key[0] != '\0');
+        }
+        expect("11|1100", "SELECT COUNT(*), SUM(EstimatedTokens) FROM TokenReservations");
+        expect_sums();
+    }
+    expect("NT048|Köln|jürgen|100|open|store|0",
+           "SELECT CompanyID, Branch, RequestedBy, EstimatedTokens, State, TokenSource, " IS_SET(
+               "ClosedAt") " FROM TokenReservations WHERE RequestID = '" ID(5) "'");
+    expect("NT047|k|" ID(4) "|in_progress",
+           "SELECT CompanyID, IdempotencyKey, RequestID, State FROM IdempotencyKeys");
+
+    for (int again = 0; again < 2; again++) {
+        for (size_t i = 0; i < COUNT_OF_ALL; i++) {
+            settlements[i] = a_settlement(ids[i], acquires[i].token_id, 10 + (int64_t)i);
+            settlements[i].idempotency = i == 3 ? STORE_KEY_DONE : STORE_KEY_NONE;
+            told[i] = &settlements[i];
+        }
+        assert_int_equal(ERR_NONE, driver->settle(store, told, COUNT_OF_ALL, &err));
+        for (size_t i = 0; i < COUNT_OF_ALL; i++) {
+            assert_int_equal(ERR_NONE, settlements[i].code);
+            assert_false(settlements[i].threshold_crossed || settlements[i].exceeded);
+        }
+        expect("8|108", "SELECT COUNT(*), SUM(TotalTokensUsed) FROM TokenUsageLogs");
+        expect("8", "SELECT COUNT(*) FROM TokenReservations WHERE State = 'settled'");
+        expect("38|NULL|100", "SELECT TotalUsedTokens, TotalRemainingTokens, ReservedTokens"
+                              " FROM TokenUsageSummary WHERE TokenID = 1");
+        expect_sums();
+    }
+    expect("NT048|done", "SELECT u.CompanyID, k.State FROM TokenUsageLogs u, IdempotencyKeys k"
+                         " WHERE u.RequestID = '" ID(5) "'");
+}
+
+/* Whose tokens went over it, one after the other? */
+static void a_batch_goes_over_threshold_and_limit(void **state)
+{
+    (void)state;
+    enum { COUNT_OF_ALL = 5 };
+    static const char *const ids[] = {ID(1), ID(2), ID(3), ID(4), ID(5)};
+    struct store_settlement items[COUNT_OF_ALL], *pointers[COUNT_OF_ALL];
+    struct err err = {0};
+    int64_t id = add_token("NT047", 1000);
+    for (size_t i = 0; i < COUNT_OF_ALL; i++) {
+        items[i] = a_settlement(ids[i], id, 300);
+        pointers[i] = &items[i];
+    }
+    assert_int_equal(ERR_NONE, driver->settle(store, pointers, COUNT_OF_ALL, &err));
+    for (size_t i = 0; i < COUNT_OF_ALL; i++) {
+        assert_int_equal(i == 2, items[i].threshold_crossed);
+        assert_int_equal(i == 3, items[i].exceeded);
+    }
+    expect("Exceeded", "SELECT Status FROM TokenMaster");
+    expect("1500|-500|1", "SELECT TotalUsedTokens, TotalRemainingTokens, " IS_SET(
+                              "ThresholdCrossedAt") " FROM TokenUsageSummary");
+    expect_sums();
+}
+
 static void a_bad_settlement_fails_alone(void **state)
 {
     (void)state;
@@ -4693,6 +4779,8 @@ static const struct CMUnitTest contract[] = {
     CONTRACT(reserves_for_the_fallback_key_alone),
     CONTRACT(a_bad_acquire_fails_alone),
     CONTRACT(a_batch_sees_itself),
+    CONTRACT(an_ordinary_batch),
+    CONTRACT(a_batch_goes_over_threshold_and_limit),
     CONTRACT(a_bad_settlement_fails_alone),
     CONTRACT(writes_every_column_of_a_usage_row),
     CONTRACT(settles_once),

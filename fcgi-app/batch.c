@@ -1,12 +1,13 @@
 /* batch.c - work that waits together travels together. See batch.h.
  *
  * Callers stand in one queue, each with its items. There are as many leader's places as runs may be
- * under way. A caller that finds a place leads at once; otherwise it waits until its items were
- * carried by a leader, or a leader that has finished hands its place over. A leader takes what
+ * under way. A caller that finds all places free leads at once, and so does one that finds a place free
+ * while the run begun last takes long; otherwise it waits until its items were carried by a leader, a
+ * leader that has finished hands its place over, or that run has come to take long. A leader takes what
  * stands at the head of the queue, whole callers where they fit, its own items among them or not.
  *
- * Invariant, whenever the lock is free: if a place is free, every caller in the queue holds one
- * (it was given a place and has not woken up yet). So nobody waits while a place is empty.
+ * Invariant, whenever the lock is free: if all places are free, nobody is in the queue; and whoever is in
+ * it while one is free holds a place (and has not woken up yet) or looks again in time.
  *
  * Who waits is called under the lock, but woken after it: else all whom a run has carried would wake up
  * only to wait for the lock. Who was carried does not need it any more. A caller's memory is its stack:
@@ -39,12 +40,14 @@ struct waiter {
 struct batch {
     pthread_mutex_t lock;
     struct waiter *first, **last; /* the queue */
-    int free_places;
+    int places, free_places;
+    int64_t patience_ms; /* from here on a run takes long */
+    int64_t begun_ms;    /* when the last run began */
     batch_run *run;
     void *context;
 };
 
-struct batch *batch_new(int leaders, batch_run *run, void *context)
+struct batch *batch_new(int leaders, int64_t patience_ms, batch_run *run, void *context)
 {
     struct batch *b = calloc(1, sizeof *b);
 
@@ -52,7 +55,8 @@ struct batch *batch_new(int leaders, batch_run *run, void *context)
         return NULL;
     pthread_mutex_init(&b->lock, NULL);
     b->last = &b->first;
-    b->free_places = leaders < 1 ? 1 : leaders;
+    b->places = b->free_places = leaders < 1 ? 1 : leaders;
+    b->patience_ms = patience_ms;
     b->run = run;
     b->context = context;
     return b;
@@ -141,20 +145,32 @@ static void wake_all(struct waiter *woken)
     }
 }
 
-/* Under the lock. Gives the place to the first in the queue that has none, or leaves it empty. Returns
- * whom to wake, or NULL. */
+/* Under the lock. May a run begin, beside those that are under way? */
+static bool may_begin(const struct batch *b)
+{
+    return b->free_places == b->places ||
+           (b->free_places > 0 && clock_monotonic_ms() - b->begun_ms >= b->patience_ms);
+}
+
+static void take_place(struct batch *b, struct waiter *w)
+{
+    b->free_places--;
+    w->leads = true;
+}
+
+/* Under the lock. Leaves the place, and gives it to the first in the queue that has none if it may begin.
+ * Returns whom to wake, or NULL. */
 static struct waiter *pass_on(struct batch *b, struct waiter *from)
 {
     struct waiter *w = b->first;
 
     from->leads = false;
+    b->free_places++;
     while (w != NULL && w->leads)
         w = w->next;
-    if (w == NULL) {
-        b->free_places++;
+    if (w == NULL || !may_begin(b))
         return NULL;
-    }
-    w->leads = true;
+    take_place(b, w);
     if (w == from || w->call != NOT_CALLED)
         return NULL;
     call(w, CALLED_TO_LEAD, NULL);
@@ -171,6 +187,7 @@ static void lead(struct batch *b, struct waiter *self)
     struct waiter *woken = NULL;
     size_t n = take(b, run, owners);
 
+    b->begun_ms = clock_monotonic_ms();
     pthread_mutex_unlock(&b->lock);
     b->run(b->context, run, n);
     pthread_mutex_lock(&b->lock);
@@ -222,22 +239,41 @@ static bool answer_call(struct batch *b, struct waiter *self)
 
 enum outcome { CARRIED, LATE, AWAKE };
 
-/* Waits to be woken, until the deadline unless a run holds items of self. Takes the lock over, and gives
- * it back unless CARRIED. */
+/* When somebody who waits has to look whether it may begin by itself. */
+static int64_t look_again_ms(const struct batch *b)
+{
+    int64_t now = clock_monotonic_ms();
+    int64_t long_at = b->begun_ms + b->patience_ms;
+
+    return long_at > now ? long_at : now + b->patience_ms;
+}
+
+/* Waits to be woken, until the deadline or until it is time to look again, unless a run holds items of
+ * self. Takes the lock over, and gives it back unless CARRIED. */
 static enum outcome wait_turn(struct batch *b, struct waiter *self, int64_t deadline_ms)
 {
     bool is_bounded = self->taken == self->done;
+    int64_t until_ms = look_again_ms(b);
 
+    if (until_ms > deadline_ms || b->patience_ms == 0 || b->places == 1)
+        until_ms = deadline_ms;
     pthread_mutex_unlock(&b->lock);
     if (!is_bounded) {
         be_woken(self);
         return answer_call(b, self) ? CARRIED : AWAKE;
     }
-    if (be_woken_until(self, deadline_ms < 0 ? 0 : deadline_ms))
+    if (be_woken_until(self, until_ms < 0 ? 0 : until_ms))
         return answer_call(b, self) ? CARRIED : AWAKE;
     pthread_mutex_lock(&b->lock);
-    if (self->call == NOT_CALLED)
-        return self->taken == self->done ? LATE : AWAKE;
+    if (self->call == NOT_CALLED) {
+        if (self->taken != self->done)
+            return AWAKE;
+        if (until_ms == deadline_ms)
+            return LATE;
+        if (may_begin(b))
+            take_place(b, self);
+        return AWAKE;
+    }
     pthread_mutex_unlock(&b->lock); /* called just now: whoever did it still holds on to self */
     be_woken(self);
     return answer_call(b, self) ? CARRIED : AWAKE;
@@ -291,9 +327,8 @@ enum err_code batch_submit(struct batch *b, void **items, size_t count, int64_t 
     pthread_mutex_lock(&b->lock);
     if (count > 0)
         enqueue(b, &self);
-    if (count > 0 && b->free_places > 0) {
-        b->free_places--;
-        self.leads = true;
+    if (count > 0 && may_begin(b)) {
+        take_place(b, &self);
         lead(b, &self); /* whatever the deadline: it bounds waiting, and this one does not wait */
     }
     outcome = take_part(b, &self, deadline_ms);

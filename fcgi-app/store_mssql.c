@@ -71,14 +71,10 @@ static void *store_mssql_open(const struct config *config, bool migrate, struct 
     return store;
 }
 
-/* A batch costs the server nearly the same whether it carries two items or twenty. So few batches are under
- * way, and what comes meanwhile travels together: measured, four at a time took a server three times the
- * processor time of one. The other connections are for settlements, log entries and whatever else there is,
- * so that none of them waits for another. */
 static int store_mssql_leaders(void *self)
 {
     const struct store_mssql *store = self;
-    return store->pool_size < 8 ? 1 : store->pool_size / 4;
+    return store->pool_size;
 }
 
 static int store_mssql_schema_version(void *self)

@@ -1,8 +1,9 @@
 /* batch.h - work that waits together travels together.
  *
- * Whoever comes and finds a free leader's place leads: takes all that wait (at most BATCH_MAX) and
- * runs them in one go; a lone item goes at once. Who finds no place waits, and is either carried by
- * a leader or leads the next batch itself. One who waits leaves at its own deadline, unless a leader
+ * Whoever comes while no run is under way leads one: takes all that wait (at most BATCH_MAX) and runs
+ * them in one go; a lone item goes at once. Who comes during a run waits, and is either carried by the
+ * next leader or leads the next batch itself. Where a run takes long, others begin beside it, so that one
+ * that is held up does not hold up everybody. One who waits leaves at its own deadline, unless a leader
  * has taken its item: then it stays until that run ends, which the run function bounds. */
 #ifndef EXTRACT_BATCH_H
 #define EXTRACT_BATCH_H
@@ -19,8 +20,9 @@ struct batch;
 /* Runs count items in one go and leaves each one's outcome inside it. */
 typedef void batch_run(void *context, void **items, size_t count);
 
-/* leaders: how many runs may be under way at the same time. NULL without memory. */
-struct batch *batch_new(int leaders, batch_run *run, void *context) MUST_CHECK;
+/* leaders: how many runs may be under way at the same time. patience_ms: how long the last of them must
+ * have been, for another to begin; 0: none waits for that. NULL without memory. */
+struct batch *batch_new(int leaders, int64_t patience_ms, batch_run *run, void *context) MUST_CHECK;
 void batch_free(struct batch *batch);
 
 /* Carries count items (the caller's until return), all in the same run where they fit.

@@ -139,11 +139,16 @@ static void join(struct caller *c)
     pthread_join(c->thread, NULL);
 }
 
-static struct batch *new_batch(int leaders, struct far_end *f)
+static struct batch *new_patient_batch(int leaders, int64_t patience_ms, struct far_end *f)
 {
-    struct batch *batch = batch_new(leaders, run_items, f);
+    struct batch *batch = batch_new(leaders, patience_ms, run_items, f);
     assert_non_null(batch);
     return batch;
+}
+
+static struct batch *new_batch(int leaders, struct far_end *f)
+{
+    return new_patient_batch(leaders, 0, f);
 }
 
 static void test_lone_item_goes_at_once(void **state)
@@ -345,6 +350,60 @@ static void test_as_many_leaders_as_places(void **state)
     free(c);
 }
 
+/* A place is free, but what waits may as well travel with the next run. */
+static void test_none_begins_beside_one_that_is_quick(void **state)
+{
+    struct far_end f;
+    struct caller *c = calloc(4, sizeof *c);
+    (void)state;
+
+    far_end_init(&f, 0);
+    struct batch *batch = new_patient_batch(3, 3600000, &f);
+    for (int i = 0; i < 4; i++)
+        start(&c[i], batch, 1, NEVER);
+    await_inside(&f, 1, 1);
+    assert_int_equal(f.runs, 1);
+    let_pass(&f, -1);
+    for (int i = 0; i < 4; i++) {
+        join(&c[i]);
+        assert_int_equal(c[i].code, ERR_NONE);
+    }
+    assert_int_equal(f.most_inside, 1);
+    assert_int_equal(f.runs, 2);
+    assert_int_equal(f.sizes[1], 3);
+    batch_free(batch);
+    free(c);
+}
+
+/* The first never ends by itself: who waits begins beside it, one after the other, as places are left. */
+static void test_one_that_is_held_up_holds_up_nobody(void **state)
+{
+    struct far_end f;
+    struct caller *c = calloc(4, sizeof *c);
+    (void)state;
+
+    far_end_init(&f, 0);
+    struct batch *batch = new_patient_batch(3, 5, &f);
+    start(&c[0], batch, 1, NEVER);
+    for (int i = 1; i < 3; i++) {
+        start(&c[i], batch, 1, NEVER);
+        await_inside(&f, i + 1, i + 1);
+    }
+    int64_t deadline_ms = clock_monotonic_ms() + 100;
+    start(&c[3], batch, 1, deadline_ms); /* no place is left for it */
+    join(&c[3]);
+    assert_int_equal(c[3].code, ERR_STORE_UNAVAILABLE);
+    assert_int_equal(c[3].items[0].runs, 0);
+    let_pass(&f, -1);
+    for (int i = 0; i < 3; i++) {
+        join(&c[i]);
+        assert_int_equal(c[i].code, ERR_NONE);
+    }
+    assert_int_equal(f.runs, 3);
+    batch_free(batch);
+    free(c);
+}
+
 static void test_one_fails_alone(void **state)
 {
     struct far_end f;
@@ -421,13 +480,12 @@ static void *submit_one(void *arg)
     return NULL;
 }
 
-static void test_stress(void **state)
+static void stress_with(int64_t patience_ms)
 {
     struct stress s = {0};
     pthread_t threads[STRESS_THREADS];
-    (void)state;
 
-    s.batch = batch_new(STRESS_LEADERS, run_stress, &s);
+    s.batch = batch_new(STRESS_LEADERS, patience_ms, run_stress, &s);
     assert_non_null(s.batch);
     for (int i = 0; i < STRESS_THREADS; i++)
         assert_int_equal(pthread_create(&threads[i], NULL, stress, &s), 0);
@@ -447,6 +505,18 @@ static void test_stress(void **state)
     batch_free(s.batch);
 }
 
+static void test_stress(void **state)
+{
+    (void)state;
+    stress_with(0);
+}
+
+static void test_stress_with_patience(void **state)
+{
+    (void)state;
+    stress_with(2);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -458,8 +528,11 @@ int main(void)
         cmocka_unit_test(test_waiter_leaves_at_its_deadline),
         cmocka_unit_test(test_taken_item_stays_past_its_deadline),
         cmocka_unit_test(test_as_many_leaders_as_places),
+        cmocka_unit_test(test_none_begins_beside_one_that_is_quick),
+        cmocka_unit_test(test_one_that_is_held_up_holds_up_nobody),
         cmocka_unit_test(test_one_fails_alone),
         cmocka_unit_test(test_stress),
+        cmocka_unit_test(test_stress_with_patience),
     };
     alarm(120); /* a lost wake-up shall fail, not hang */
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1848,7 +1848,7 @@ BEGIN
         previousTokenId BIGINT '$.previousTokenId', fault NVARCHAR(20), cooldownMs BIGINT '$.cooldownMs',
         fallbackOnly INT '$.fallbackOnly', idempotencyKey NVARCHAR(4000) '$.idempotencyKey', host NVARCHAR(4000),
         processId BIGINT '$.processId', excluded NVARCHAR(MAX) AS JSON) j
-    SELECT @is_ordinary = ISNULL(MIN(IsOrdinary), 0), @asked = SUM(Estimate), @with_keys = COUNT(IdempotencyKey) FROM @item
+    SELECT @is_ordinary = ISNULL(MIN(IsOrdinary), 0), @asked = SUM(Estimate), @with_keys = SUM(CASE WHEN IdempotencyKey IS NULL THEN 0 ELSE 1 END) FROM @item
 
     -- A token for each, by the company's index alone, and never holding a lock of it. Fit: 0 usable; 1 not now, or never;
     -- 2 for the other procedure to look at (a key that was pasted by hand, no Summary row, too little room for all).
@@ -2492,9 +2492,9 @@ BEGIN
                     SET @is_ordinary = 0
                     BREAK
                 END
-                SELECT @open = ISNULL(SUM(c.EstimatedTokens), 0)
+                SELECT @open = SUM(c.EstimatedTokens)
                 FROM @item i
-                CROSS APPLY (SELECT SUM(r.EstimatedTokens) AS EstimatedTokens
+                CROSS APPLY (SELECT ISNULL(SUM(r.EstimatedTokens), 0) AS EstimatedTokens
                              FROM dbo.TokenReservations r WITH (FORCESEEK)
                              WHERE r.RequestID = i.RequestID AND r.TokenID = @t AND r.State = N'open' AND r.ClosedAt IS NULL) c
                 WHERE i.TokenID = @t

@@ -6,7 +6,7 @@
 #include <string.h>
 
 /* Where the processor compares 32 bytes at once, a copy of the function that does so is taken when the
- * program starts. A sanitizer is not ready yet at that time. */
+ * program starts: too early for a sanitizer, of which clang says nothing here. */
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))

@@ -20,8 +20,7 @@
 #define LARGEST ((size_t)8 * 1024 * 1024)   /* … to here; a larger upload goes to a file, */
 #define AT_ONCE ((size_t)128 * 1024 * 1024) /* and so does one that comes while so much is taken */
 #define KEPT ((size_t)16 * 1024 * 1024)     /* for the next uploads, at most */
-#define HUGE_PAGE \
-    ((size_t)2 * 1024 * 1024) /* and where there is none of that size, no harm is done */
+#define HUGE_PAGE ((size_t)2 * 1024 * 1024)
 
 /* Lies in the memory itself. */
 struct spare {
@@ -50,7 +49,8 @@ static struct spare *find_spare(size_t room)
 }
 
 /* Huge pages are for what lies between two of their borders, so the memory begins at one. Those that
- * size fills are asked for, and what is beyond comes in small ones: nothing is used that is not filled. */
+ * size fills are asked for, and what is beyond comes in small ones: nothing is used that is not filled.
+ * Where huge pages are of another size, or there are none, all is in small ones. */
 static void *map_memory(size_t size, size_t room)
 {
     const size_t slack = size < HUGE_PAGE ? 0 : HUGE_PAGE;
@@ -129,8 +129,7 @@ static void look(const struct upload *upload, size_t len)
 
 /* ---- by FastCGI's stdin ---- */
 
-#define WRITTEN_AT_A_TIME \
-    ((size_t)128 * 1024) /* to a file: fewer and larger pieces cost the kernel less */
+#define WRITTEN_AT_A_TIME ((size_t)128 * 1024) /* larger pieces cost the kernel less */
 
 static enum err_code too_large(const struct config *config, struct err *err)
 {

@@ -2569,16 +2569,14 @@ BEGIN
     BEGIN TRANSACTION
     INSERT INTO dbo.ApplicationLogs (Timestamp, LogLevel, Logger, Message, Exception, Module, FunctionName, LineNumber, RequestID, Host, TraceID)
     SELECT ISNULL(CASE WHEN j.t LIKE @time THEN TRY_CONVERT(DATETIME2(3), LEFT(j.t, 23), 126) END, SYSUTCDATETIME()), ISNULL(LEFT(j.level, 20), N'INFO'), LEFT(j.logger, 256),
-           CASE WHEN LEN(a.value) <= 4000 THEN j.message
-                ELSE (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'message') END,
-           CASE WHEN LEN(a.value) <= 4000 THEN j.exception
-                ELSE (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'exception') END,
+           (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'message'),
+           (SELECT f.value FROM OPENJSON(a.value) f WHERE f.[key] = N'exception'),
            LEFT(j.module, 256), LEFT(j.func, 256), j.line, LEFT(j.requestId, 64), LEFT(j.host, 256), LEFT(j.traceId, 32)
     FROM OPENJSON(ISNULL(@Entries, N'[]')) a
     CROSS APPLY OPENJSON(a.value) WITH (
         t NVARCHAR(4000) '$.timestamp', level NVARCHAR(4000), logger NVARCHAR(4000), module NVARCHAR(4000),
         func NVARCHAR(4000) '$.function', line BIGINT, requestId NVARCHAR(4000) '$.requestId', host NVARCHAR(4000),
-        traceId NVARCHAR(4000) '$.traceId', message NVARCHAR(4000), exception NVARCHAR(4000)) j
+        traceId NVARCHAR(4000) '$.traceId') j
     WHERE @Again = 0
        OR NOT EXISTS (SELECT 1 FROM dbo.ApplicationLogs x
                       WHERE j.t LIKE @time

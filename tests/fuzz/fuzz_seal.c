@@ -1,6 +1,7 @@
 /* fuzz_seal.c - any text as an API key of the store, and any bytes as the file of sealing keys. The first
  * byte chooses: the text is opened; it is sealed and opened again, and nothing that differs from it may
- * open; it is the file. No message may hold the text. */
+ * open; it is the file. No message may hold the text. The sealed texts among the seeds are another
+ * token's: one of TOKEN_ID's does open, by the change of a byte that chooses. */
 #include <stdlib.h>
 #include <string.h>
 

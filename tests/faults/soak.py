@@ -37,6 +37,7 @@ WARM_UP = max(SECONDS / 4, min(20.0, SECONDS / 2))
 # Growth that is no leak: SQLite's caches (2 MB each) may not be full after a short warm-up. Measured: none in 600 s, and up to
 # 464 KiB in 60 s on a machine that is busy with other things.
 NOISE, A_REQUEST = 1 << 20, 25
+UPLOADS = (16 << 20) + (64 << 10)  # kept for the next ones, whichever they were; and the page with the sealing keys
 LOOKS = 4
 
 SAMPLES = {name: (ROOT / "tests/samples" / name).read_bytes() for name in
@@ -260,10 +261,17 @@ class Faults:
         self.rig.ctl("outbox", "drain", check=False)
 
 
-def memory(pid: int) -> int:
-    """Its own, in bytes: what it does not share with the others of the pool."""
-    lines = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return int(lines["Pss_Anon"].split()[0]) << 10
+def memory(pid: int) -> tuple[int, int]:
+    """What is the process's alone, in bytes: but for uploads; and of uploads, which alone are left out of a core dump (dd)."""
+    of_uploads = {False: 0, True: 0}
+    size = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "Anonymous":
+            size = int(value.split()[0]) << 10
+        elif name == "VmFlags":
+            of_uploads["dd" in value.split()] += size
+    return of_uploads[False], of_uploads[True]
 
 
 def requests_of(rig: Rig, pid: int) -> int:
@@ -321,19 +329,21 @@ def soak(rig: Rig, door: Door) -> None:
             load.go.set()
             until(WARM_UP * look / LOOKS)
             load.pause()
-            warm = max(warm, memory(witness))
+            warm = max(warm, memory(witness)[0])
         served = requests_of(rig, witness)
         load.pause_between = 0.05
         load.go.set()
         until(SECONDS)
         load.pause()
-        grown, served = memory(witness) - warm, requests_of(rig, witness) - served
+        now, uploads = memory(witness)
+        grown, served = now - warm, requests_of(rig, witness) - served
     finally:
         load.end()
 
     say(f"{dict(load.outcomes)}")
     say(f"{dict(faults.done)}")
-    say(f"the witness had {warm >> 10} KiB in the warm-up, and {grown >> 10} KiB more after {served} requests")
+    say(f"the witness had {warm >> 10} KiB in the warm-up, and {grown >> 10} KiB more after {served} requests;"
+        f" {uploads >> 10} KiB beside them are kept for uploads")
     assert load.strange == [], load.strange[:20]
     lost = [rig.sent[row["RequestedBy"]] for row in
             rig.sql("SELECT DISTINCT RequestedBy FROM TokenReservations WHERE State = 'open'")]
@@ -344,6 +354,7 @@ def soak(rig: Rig, door: Door) -> None:
     rig.accounted(unsettled=lost)
     if not rig.is_sanitized():
         assert grown <= NOISE + A_REQUEST * served, f"memory grows: {grown} bytes in {served} requests"
+        assert uploads <= UPLOADS, f"{uploads} bytes are kept for uploads"
 
 
 def test_soak(make_rig: Callable[..., Rig], door: Door, tmp_path: Path) -> None:

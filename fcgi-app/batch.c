@@ -40,14 +40,16 @@ struct waiter {
 struct batch {
     pthread_mutex_t lock;
     struct waiter *first, **last; /* the queue */
+    size_t queued;                /* items in it that no run has taken */
     int places, free_places;
-    int64_t patience_ms; /* from here on a run takes long */
-    int64_t begun_ms;    /* when the last run began */
+    struct batch_times times;
+    int64_t begun_ms; /* when the last run began, or began to gather */
+    size_t carried;   /* by the run that was the last to take items */
     batch_run *run;
     void *context;
 };
 
-struct batch *batch_new(int leaders, int64_t patience_ms, batch_run *run, void *context)
+struct batch *batch_new(int leaders, struct batch_times times, batch_run *run, void *context)
 {
     struct batch *b = calloc(1, sizeof *b);
 
@@ -56,7 +58,7 @@ struct batch *batch_new(int leaders, int64_t patience_ms, batch_run *run, void *
     pthread_mutex_init(&b->lock, NULL);
     b->last = &b->first;
     b->places = b->free_places = leaders < 1 ? 1 : leaders;
-    b->patience_ms = patience_ms;
+    b->times = times;
     b->run = run;
     b->context = context;
     return b;
@@ -74,6 +76,7 @@ static void enqueue(struct batch *b, struct waiter *w)
 {
     *b->last = w;
     b->last = &w->next;
+    b->queued += w->count;
 }
 
 static void unlink_waiter(struct batch *b, struct waiter *w)
@@ -87,6 +90,7 @@ static void unlink_waiter(struct batch *b, struct waiter *w)
     *at = w->next;
     if (b->last == &w->next)
         b->last = at;
+    b->queued -= w->count - w->taken;
 }
 
 /* Takes items from the head of the queue into run; owners are those they belong to. A caller whose
@@ -110,6 +114,7 @@ static size_t take(struct batch *b, void **run, struct waiter **owners)
         if (b->first == NULL)
             b->last = &b->first;
     }
+    b->queued -= n;
     return n;
 }
 
@@ -149,7 +154,7 @@ static void wake_all(struct waiter *woken)
 static bool may_begin(const struct batch *b)
 {
     return b->free_places == b->places ||
-           (b->free_places > 0 && clock_monotonic_ms() - b->begun_ms >= b->patience_ms);
+           (b->free_places > 0 && clock_monotonic_ms() - b->begun_ms >= b->times.patience_ms);
 }
 
 static void take_place(struct batch *b, struct waiter *w)
@@ -179,17 +184,38 @@ static struct waiter *pass_on(struct batch *b, struct waiter *from)
 
 /* ---- leading ---- */
 
-/* One run. Holds the lock at the beginning and at the end. */
+/* Where many came together just now, more are on their way: waits for them, until a run is full, or until
+ * another leader has taken what is self's. Holds the lock at the beginning and at the end. */
+static void gather(struct batch *b, const struct waiter *self)
+{
+    int64_t now = clock_monotonic_ms(), until = now + b->times.gather_ms;
+
+    if (b->carried < BATCH_MANY)
+        return;
+    while (b->queued < BATCH_MAX && self->taken < self->count && now < until) {
+        pthread_mutex_unlock(&b->lock);
+        clock_sleep_until(now + 1);
+        now = clock_monotonic_ms();
+        pthread_mutex_lock(&b->lock);
+    }
+}
+
+/* One run, unless other leaders take all while it gathers. Holds the lock at the beginning and at the
+ * end. */
 static void lead(struct batch *b, struct waiter *self)
 {
     void *run[BATCH_MAX];
     struct waiter *owners[BATCH_MAX];
     struct waiter *woken = NULL;
-    size_t n = take(b, run, owners);
 
     b->begun_ms = clock_monotonic_ms();
+    gather(b, self);
+    size_t n = take(b, run, owners);
+    if (n > 0)
+        b->carried = n;
     pthread_mutex_unlock(&b->lock);
-    b->run(b->context, run, n);
+    if (n > 0)
+        b->run(b->context, run, n);
     pthread_mutex_lock(&b->lock);
     for (size_t i = 0; i < n; i++) {
         struct waiter *w = owners[i];
@@ -243,9 +269,9 @@ enum outcome { CARRIED, LATE, AWAKE };
 static int64_t look_again_ms(const struct batch *b)
 {
     int64_t now = clock_monotonic_ms();
-    int64_t long_at = b->begun_ms + b->patience_ms;
+    int64_t long_at = b->begun_ms + b->times.patience_ms;
 
-    return long_at > now ? long_at : now + b->patience_ms;
+    return long_at > now ? long_at : now + b->times.patience_ms;
 }
 
 /* Waits to be woken, until the deadline or until it is time to look again, unless a run holds items of
@@ -255,7 +281,7 @@ static enum outcome wait_turn(struct batch *b, struct waiter *self, int64_t dead
     bool is_bounded = self->taken == self->done;
     int64_t until_ms = look_again_ms(b);
 
-    if (until_ms > deadline_ms || b->patience_ms == 0 || b->places == 1)
+    if (until_ms > deadline_ms || b->times.patience_ms == 0 || b->places == 1)
         until_ms = deadline_ms;
     pthread_mutex_unlock(&b->lock);
     if (!is_bounded) {
@@ -329,7 +355,7 @@ enum err_code batch_submit(struct batch *b, void **items, size_t count, int64_t 
         enqueue(b, &self);
     if (count > 0 && may_begin(b)) {
         take_place(b, &self);
-        lead(b, &self); /* whatever the deadline: it bounds waiting, and this one does not wait */
+        lead(b, &self); /* whatever the deadline: it bounds waiting for others */
     }
     outcome = take_part(b, &self, deadline_ms);
     if (outcome != CARRIED)

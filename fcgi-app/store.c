@@ -120,10 +120,13 @@ static void run_lane(void *context, void **items, size_t count)
 
 /* ---- opening and closing ---- */
 
-static bool open_lane(struct lane *lane, struct store *store, int leaders)
+static bool open_lane(struct lane *lane, struct store *store)
 {
+    const struct batch_times times = {.patience_ms = LEADER_PATIENCE_MS,
+                                      .gather_ms = store->driver->gather_ms};
+
     lane->store = store;
-    lane->batch = batch_new(leaders, LEADER_PATIENCE_MS, run_lane, lane);
+    lane->batch = batch_new(store->driver->leaders(store->self), times, run_lane, lane);
     return lane->batch != NULL;
 }
 
@@ -153,9 +156,8 @@ struct store *store_open_with(const struct store_driver *driver, const struct co
     store->self = driver->open(config, false, err);
     if (store->self == NULL)
         goto failed;
-    int leaders = driver->leaders(store->self);
-    if (store->state_dir == NULL || !open_lane(&store->acquires, store, leaders) ||
-        !open_lane(&store->settlements, store, leaders)) {
+    if (store->state_dir == NULL || !open_lane(&store->acquires, store) ||
+        !open_lane(&store->settlements, store)) {
         err_set(err, ERR_INTERNAL, "no memory for the store");
         goto failed;
     }

@@ -3,7 +3,8 @@
  * Whoever comes while no run is under way leads one: takes all that wait (at most BATCH_MAX) and runs
  * them in one go; a lone item goes at once. Who comes during a run waits, and is either carried by the
  * next leader or leads the next batch itself. Where a run takes long, others begin beside it, so that one
- * that is held up does not hold up everybody. One who waits leaves at its own deadline, unless a leader
+ * that is held up does not hold up everybody; where many came together, the next run waits a moment for
+ * more, since a run costs nearly the same whatever it carries. One who waits leaves at its own deadline, unless a leader
  * has taken its item: then it stays until that run ends, which the run function bounds. */
 #ifndef EXTRACT_BATCH_H
 #define EXTRACT_BATCH_H
@@ -14,15 +15,24 @@
 #include "err.h"
 
 #define BATCH_MAX 64
+#define BATCH_MANY 4
+
+struct batch_times {
+    /* How long the run begun last must have been under way, for another to begin beside it; 0: none
+     * waits for that. */
+    int64_t patience_ms;
+    /* How long a run waits for more, after one that carried BATCH_MANY or more. */
+    int64_t gather_ms;
+};
 
 struct batch;
 
 /* Runs count items in one go and leaves each one's outcome inside it. */
 typedef void batch_run(void *context, void **items, size_t count);
 
-/* leaders: how many runs may be under way at the same time. patience_ms: how long the last of them must
- * have been, for another to begin; 0: none waits for that. NULL without memory. */
-struct batch *batch_new(int leaders, int64_t patience_ms, batch_run *run, void *context) MUST_CHECK;
+/* leaders: how many runs may be under way at the same time. NULL without memory. */
+struct batch *batch_new(int leaders, struct batch_times times, batch_run *run,
+                        void *context) MUST_CHECK;
 void batch_free(struct batch *batch);
 
 /* Carries count items (the caller's until return), all in the same run where they fit.

@@ -21,6 +21,7 @@ struct store_driver {
     void *(*open)(const struct config *config, bool migrate, struct err *err);
     void (*close)(void *self);
     int (*leaders)(void *self); /* how many batches it can carry at the same time */
+    int64_t gather_ms;          /* how long a batch waits for more where many come; see batch.h */
     int (*schema_version)(void *self);
     enum err_code (*ping)(void *self, struct err *err);
     enum err_code (*acquire)(void *self, struct store_acquire *const *items, size_t count,

@@ -16,6 +16,7 @@
 #include "clock.h"
 
 #define NEVER INT64_MAX
+#define AN_HOUR 3600000
 #define RUNS_MAX 64
 
 struct item {
@@ -141,7 +142,17 @@ static void join(struct caller *c)
 
 static struct batch *new_patient_batch(int leaders, int64_t patience_ms, struct far_end *f)
 {
-    struct batch *batch = batch_new(leaders, patience_ms, run_items, f);
+    struct batch *batch =
+        batch_new(leaders, (struct batch_times){.patience_ms = patience_ms}, run_items, f);
+    assert_non_null(batch);
+    return batch;
+}
+
+/* Where it gathers it does so until a run is full. */
+static struct batch *new_gathering_batch(int leaders, struct far_end *f)
+{
+    struct batch *batch =
+        batch_new(leaders, (struct batch_times){.gather_ms = AN_HOUR}, run_items, f);
     assert_non_null(batch);
     return batch;
 }
@@ -404,6 +415,76 @@ static void test_one_that_is_held_up_holds_up_nobody(void **state)
     free(c);
 }
 
+static void test_many_wait_for_more(void **state)
+{
+    struct far_end f;
+    struct caller *c = calloc(3, sizeof *c);
+    (void)state;
+
+    far_end_init(&f, -1);
+    struct batch *batch = new_gathering_batch(1, &f);
+    c[0] = (struct caller){.batch = batch, .count = BATCH_MANY, .deadline_ms = NEVER};
+    call(&c[0]); /* nobody came before: at once */
+    assert_int_equal(f.runs, 1);
+    start(&c[1], batch, 1, NEVER);
+    assert_int_equal(f.runs, 1);
+    start(&c[2], batch, BATCH_MAX - 2, NEVER);
+    assert_int_equal(f.runs, 1);
+    c[0].count = 1; /* the last that has room */
+    call(&c[0]);
+    join(&c[1]);
+    join(&c[2]);
+    assert_int_equal(f.runs, 2);
+    assert_int_equal(f.sizes[1], BATCH_MAX);
+    batch_free(batch);
+    free(c);
+}
+
+static void test_few_do_not_wait(void **state)
+{
+    struct far_end f;
+    struct caller *c = calloc(1, sizeof *c);
+    (void)state;
+
+    far_end_init(&f, -1);
+    struct batch *batch = new_gathering_batch(1, &f);
+    *c = (struct caller){.batch = batch, .count = BATCH_MANY - 1, .deadline_ms = NEVER};
+    for (int i = 0; i < 3; i++)
+        call(c);
+    assert_int_equal(f.runs, 3);
+    batch_free(batch);
+    free(c);
+}
+
+static void test_nothing_left_after_gathering(void **state)
+{
+    struct far_end f;
+    struct caller *c = calloc(5, sizeof *c);
+    (void)state;
+
+    far_end_init(&f, -1);
+    struct batch *batch = new_gathering_batch(2, &f);
+    c[0] = (struct caller){.batch = batch, .count = BATCH_MANY, .deadline_ms = NEVER};
+    call(&c[0]);
+    start(&c[1], batch, 1, NEVER); /* these two hold a place each */
+    start(&c[2], batch, 1, NEVER);
+    c[0].count = BATCH_MAX - 2;
+    call(&c[0]);
+    join(&c[1]);
+    join(&c[2]);
+    assert_int_equal(f.runs, 2);
+    assert_int_equal(f.sizes[1], BATCH_MAX);
+    let_pass(&f, 0);
+    start(&c[3], batch, BATCH_MAX, NEVER); /* full at once; both places are free again */
+    start(&c[4], batch, BATCH_MAX, NEVER);
+    await_inside(&f, 4, 2);
+    let_pass(&f, -1);
+    join(&c[3]);
+    join(&c[4]);
+    batch_free(batch);
+    free(c);
+}
+
 static void test_one_fails_alone(void **state)
 {
     struct far_end f;
@@ -480,12 +561,12 @@ static void *submit_one(void *arg)
     return NULL;
 }
 
-static void stress_with(int64_t patience_ms)
+static void stress_with(struct batch_times times)
 {
     struct stress s = {0};
     pthread_t threads[STRESS_THREADS];
 
-    s.batch = batch_new(STRESS_LEADERS, patience_ms, run_stress, &s);
+    s.batch = batch_new(STRESS_LEADERS, times, run_stress, &s);
     assert_non_null(s.batch);
     for (int i = 0; i < STRESS_THREADS; i++)
         assert_int_equal(pthread_create(&threads[i], NULL, stress, &s), 0);
@@ -508,13 +589,19 @@ static void stress_with(int64_t patience_ms)
 static void test_stress(void **state)
 {
     (void)state;
-    stress_with(0);
+    stress_with((struct batch_times){0});
 }
 
 static void test_stress_with_patience(void **state)
 {
     (void)state;
-    stress_with(2);
+    stress_with((struct batch_times){.patience_ms = 2});
+}
+
+static void test_stress_while_gathering(void **state)
+{
+    (void)state;
+    stress_with((struct batch_times){.patience_ms = 2, .gather_ms = 1});
 }
 
 int main(void)
@@ -530,9 +617,13 @@ int main(void)
         cmocka_unit_test(test_as_many_leaders_as_places),
         cmocka_unit_test(test_none_begins_beside_one_that_is_quick),
         cmocka_unit_test(test_one_that_is_held_up_holds_up_nobody),
+        cmocka_unit_test(test_many_wait_for_more),
+        cmocka_unit_test(test_few_do_not_wait),
+        cmocka_unit_test(test_nothing_left_after_gathering),
         cmocka_unit_test(test_one_fails_alone),
         cmocka_unit_test(test_stress),
         cmocka_unit_test(test_stress_with_patience),
+        cmocka_unit_test(test_stress_while_gathering),
     };
     alarm(120); /* a lost wake-up shall fail, not hang */
     return cmocka_run_group_tests(tests, NULL, NULL);

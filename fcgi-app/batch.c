@@ -7,7 +7,7 @@
  * stands at the head of the queue, whole callers where they fit, its own items among them or not.
  *
  * Invariant, whenever the lock is free: if all places are free, nobody is in the queue; and whoever is in
- * it while one is free holds a place (and has not woken up yet) or looks again in time.
+ * it while one is free holds a place (and has not woken up yet, or gathers) or looks again in time.
  *
  * Who waits is called under the lock, but woken after it: else all whom a run has carried would wake up
  * only to wait for the lock. Who was carried does not need it any more. A caller's memory is its stack:
@@ -45,6 +45,7 @@ struct batch {
     struct batch_times times;
     int64_t begun_ms; /* when the last run began, or began to gather */
     size_t carried;   /* by the run that was the last to take items */
+    int64_t ended_ms; /* when a run ended last */
     batch_run *run;
     void *context;
 };
@@ -184,14 +185,16 @@ static struct waiter *pass_on(struct batch *b, struct waiter *from)
 
 /* ---- leading ---- */
 
-/* Where many came together just now, more are on their way: waits for them, until a run is full, or until
- * another leader has taken what is self's. Holds the lock at the beginning and at the end. */
-static void gather(struct batch *b, const struct waiter *self)
+/* Where many came together just now, more are on their way: waits for them, up to the deadline, until a run
+ * is full, or until another leader has taken what is self's. Holds the lock at the beginning and at the end. */
+static void gather(struct batch *b, const struct waiter *self, int64_t deadline_ms)
 {
     int64_t now = clock_monotonic_ms(), until = now + b->times.gather_ms;
 
-    if (b->carried < BATCH_MANY)
+    if (b->carried < BATCH_MANY || now - b->ended_ms >= b->times.gather_ms)
         return;
+    if (until > deadline_ms)
+        until = deadline_ms;
     while (b->queued < BATCH_MAX && self->taken < self->count && now < until) {
         pthread_mutex_unlock(&b->lock);
         clock_sleep_until(now + 1);
@@ -200,23 +203,24 @@ static void gather(struct batch *b, const struct waiter *self)
     }
 }
 
-/* One run, unless other leaders take all while it gathers. Holds the lock at the beginning and at the
- * end. */
-static void lead(struct batch *b, struct waiter *self)
+/* One run, unless other leaders take what is self's while it gathers: then somebody else may lead. Holds
+ * the lock at the beginning and at the end. */
+static void lead(struct batch *b, struct waiter *self, int64_t deadline_ms)
 {
     void *run[BATCH_MAX];
     struct waiter *owners[BATCH_MAX];
     struct waiter *woken = NULL;
 
     b->begun_ms = clock_monotonic_ms();
-    gather(b, self);
-    size_t n = take(b, run, owners);
-    if (n > 0)
+    gather(b, self, deadline_ms);
+    size_t n = self->taken < self->count ? take(b, run, owners) : 0;
+    if (n > 0) {
         b->carried = n;
-    pthread_mutex_unlock(&b->lock);
-    if (n > 0)
+        pthread_mutex_unlock(&b->lock);
         b->run(b->context, run, n);
-    pthread_mutex_lock(&b->lock);
+        pthread_mutex_lock(&b->lock);
+        b->ended_ms = clock_monotonic_ms();
+    }
     for (size_t i = 0; i < n; i++) {
         struct waiter *w = owners[i];
         if (++w->done == w->count && w != self)
@@ -321,7 +325,7 @@ static enum outcome take_part(struct batch *b, struct waiter *self, int64_t dead
         } else if (self->taken == self->done && clock_monotonic_ms() >= deadline_ms) {
             outcome = LATE;
         } else {
-            lead(b, self);
+            lead(b, self, deadline_ms);
         }
     }
     return outcome;
@@ -355,7 +359,7 @@ enum err_code batch_submit(struct batch *b, void **items, size_t count, int64_t 
         enqueue(b, &self);
     if (count > 0 && may_begin(b)) {
         take_place(b, &self);
-        lead(b, &self); /* whatever the deadline: it bounds waiting for others */
+        lead(b, &self, deadline_ms); /* even if it is over: it bounds waiting for others */
     }
     outcome = take_part(b, &self, deadline_ms);
     if (outcome != CARRIED)

@@ -6,7 +6,7 @@
 #include <string.h>
 
 /* Where the processor compares 32 bytes at once, a copy of the function that does so is taken when the
- * program starts: too early for a sanitizer, of which clang says nothing here. */
+ * program starts: too early for a sanitizer, of which clang says nothing by these names. */
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
@@ -83,7 +83,7 @@ const char *find_marks_next(const struct find_marks *marks, const char *data, si
 {
     size_t begin = (size_t)(from - data);
 
-    for (size_t i = 0; i < marks->count; i++)
+    for (size_t i = 0; begin < marks->seen && i < marks->count; i++)
         if (marks->at[i] >= begin)
             return marks->at[i] + marks->n <= len ? data + marks->at[i] : NULL;
     if (begin < marks->seen)

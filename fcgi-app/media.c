@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <string.h>
 
+#define PAGES_MAX 1000 /* the most that Gemini reads */
 #define PDF_HEADER_WITHIN 1024
 #define PDF_END_WITHIN 65536
 #define PDF_END_NEAR 1024 /* where it nearly always is */
@@ -198,7 +199,8 @@ static int64_t count_pages(const char *data, size_t len, const struct find_marks
     const char *at = data, *end = data + len;
     int64_t pages = 0;
 
-    while ((at = find_marks_next(marks, body, (size_t)(end - body), at)) != NULL) {
+    while (pages < PAGES_MAX &&
+           (at = find_marks_next(marks, body, (size_t)(end - body), at)) != NULL) {
         at += marks->n;
         while (at < end && (*at == ' ' || *at == '\r' || *at == '\n' || *at == '\t'))
             at++;
@@ -218,8 +220,8 @@ int64_t media_estimate_tokens(enum media_kind kind, const unsigned char *data, s
         pages = count_pages((const char *)data, len, marks, body);
         if (pages == 0)
             pages = 1 + (int64_t)(len / 100000);
-        if (pages > 1000) /* the most that Gemini reads */
-            pages = 1000;
+        if (pages > PAGES_MAX)
+            pages = PAGES_MAX;
     }
     return prompt + pages * page;
 }

@@ -3,7 +3,7 @@
  *
  * Callers put what they have into a bounded queue under a lock that nobody holds during I/O. One
  * thread takes from both queues and writes them in one transaction. After the first of a batch it
- * waits a moment for others: gathering, so that a busy second costs tens of transactions and not
+ * waits a moment for others: gathering, so that a busy second costs about ten transactions and not
  * thousands. Where the store stays away, what was taken goes to the outbox, or, where that fails too,
  * to standard error; until the store answers again a batch is tried once only, so that an outage never
  * holds the queue up for long.

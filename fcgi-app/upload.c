@@ -19,7 +19,7 @@
 #define SMALLEST ((size_t)64 * 1024)        /* room is a power of two from here … */
 #define LARGEST ((size_t)8 * 1024 * 1024)   /* … to here; a larger upload goes to a file, */
 #define AT_ONCE ((size_t)128 * 1024 * 1024) /* and so does one that comes while so much is taken */
-#define KEPT ((size_t)16 * 1024 * 1024)     /* for the next uploads, at most */
+#define KEPT ((size_t)16 * 1024 * 1024)     /* beside those, for the next uploads, at most */
 #define HUGE_PAGE ((size_t)2 * 1024 * 1024)
 
 /* Lies in the memory itself. */
@@ -31,7 +31,6 @@ struct spare {
 static struct {
     pthread_mutex_t lock;
     struct spare *first; /* the one given back last */
-    size_t kept;
     size_t taken;
 } memory = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
@@ -41,7 +40,6 @@ static struct spare *find_spare(size_t room)
         struct spare *found = *at;
         if (found->room == room) {
             *at = found->next;
-            memory.kept -= room;
             return found;
         }
     }
@@ -50,7 +48,8 @@ static struct spare *find_spare(size_t room)
 
 /* Huge pages are for what lies between two of their borders, so the memory begins at one. Those that
  * size fills are asked for, and what is beyond comes in small ones: nothing is used that is not filled.
- * Where huge pages are of another size, or there are none, all is in small ones. */
+ * (A system may give them to all who do not ask.) Where they are of another size, or there are none, all
+ * is in small ones. */
 static void *map_memory(size_t size, size_t room)
 {
     const size_t slack = size < HUGE_PAGE ? 0 : HUGE_PAGE;
@@ -95,21 +94,36 @@ static void *take_memory(size_t size, size_t *room)
     return NULL;
 }
 
+/* Takes out the spares that are beyond what is kept: those that were given back first. */
+static struct spare *take_surplus(void)
+{
+    size_t room = 0;
+    struct spare **at = &memory.first;
+
+    while (*at != NULL && room + (*at)->room <= KEPT) {
+        room += (*at)->room;
+        at = &(*at)->next;
+    }
+    struct spare *surplus = *at;
+    *at = NULL;
+    return surplus;
+}
+
 static void give_memory(void *data, size_t room)
 {
     struct spare *spare = data;
 
     pthread_mutex_lock(&memory.lock);
     memory.taken -= room;
-    bool keep = memory.kept + room <= KEPT;
-    if (keep) {
-        *spare = (struct spare){.next = memory.first, .room = room};
-        memory.first = spare;
-        memory.kept += room;
-    }
+    *spare = (struct spare){.next = memory.first, .room = room};
+    memory.first = spare;
+    struct spare *surplus = take_surplus();
     pthread_mutex_unlock(&memory.lock);
-    if (!keep)
-        munmap(data, room);
+    while (surplus != NULL) {
+        struct spare *next = surplus->next;
+        munmap(surplus, surplus->room);
+        surplus = next;
+    }
 }
 
 /* ---- looking at it ---- */
@@ -197,10 +211,10 @@ static bool write_all(int fd, const char *data, size_t len, size_t at)
     return true;
 }
 
-static enum err_code no_spool(const struct upload *upload, const char *what, struct err *err)
+static enum err_code no_spool(size_t size, const char *what, struct err *err)
 {
-    return err_set(err, ERR_STORAGE_FULL, "no spool of %zu bytes for the upload: %s: %s",
-                   upload->len, what, strerror(errno));
+    return err_set(err, ERR_STORAGE_FULL, "no spool of %zu bytes for the upload: %s: %s", size,
+                   what, strerror(errno));
 }
 
 /* Written, not filled through its mapping: the kernel has half the work with a page that is written. */
@@ -217,7 +231,7 @@ static enum err_code read_into_file(struct upload *upload, struct request *reque
         if (request->read(request->io, piece, n) < n)
             code = broke_off(err);
         else if (!write_all(fd, piece, n, done))
-            code = no_spool(upload, "write", err);
+            code = no_spool(upload->len, "write", err);
         else
             done += n;
     }
@@ -231,21 +245,22 @@ static enum err_code open_stdin(struct upload *upload, struct request *request,
     const size_t size = (size_t)request->content_length;
     enum err_code code;
 
-    upload->len = size;
     upload->map = take_memory(size, &upload->room);
     if (upload->map != NULL) {
         upload->data = upload->map;
+        upload->len = size;
         return read_into_memory(upload, request, err);
     }
     upload->room = 0;
     int fd = open_spool(config->server.state_dir, size);
     if (fd < 0)
-        return no_spool(upload, "open", err);
+        return no_spool(size, "open or allocate", err);
     void *map = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
     if (map == MAP_FAILED) {
-        code = no_spool(upload, "map", err);
+        code = no_spool(size, "map", err);
     } else {
         upload->data = upload->map = map;
+        upload->len = size;
         code = read_into_file(upload, request, fd, err);
     }
     close(fd);
@@ -301,7 +316,7 @@ static enum err_code open_body_file(struct upload *upload, struct request *reque
     } else if (st.st_size > config->server.max_upload) {
         code = too_large(config, err);
     } else if (st.st_size == 0 || st.st_size != request->content_length) {
-        code = err_set(err, ERR_BAD_REQUEST, "The upload stopped before its end.");
+        code = broke_off(err);
     } else {
         void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (map == MAP_FAILED) {

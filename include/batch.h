@@ -2,10 +2,11 @@
  *
  * Whoever comes while no run is under way leads one: takes all that wait (at most BATCH_MAX) and runs
  * them in one go; a lone item goes at once. Who comes during a run waits, and is either carried by the
- * next leader or leads the next batch itself. Where a run takes long, others begin beside it, so that one
- * that is held up does not hold up everybody; where many came together, the next run waits a moment for
- * more, since a run costs nearly the same whatever it carries. One who waits leaves at its own deadline, unless a leader
- * has taken its item: then it stays until that run ends, which the run function bounds. */
+ * next leader or leads the next batch itself. Where a run takes long, others begin beside it, so that
+ * one that is held up does not hold up everybody; right after one that carried many, the next waits a
+ * moment for more, since a run costs nearly the same whatever it carries. One who waits leaves at its
+ * own deadline, unless a leader has taken its item: then it stays until that run ends, which the run
+ * function bounds. */
 #ifndef EXTRACT_BATCH_H
 #define EXTRACT_BATCH_H
 
@@ -21,7 +22,8 @@ struct batch_times {
     /* How long the run begun last must have been under way, for another to begin beside it; 0: none
      * waits for that. */
     int64_t patience_ms;
-    /* How long a run waits for more, after one that carried BATCH_MANY or more. */
+    /* How long a run waits for more, if one that carried BATCH_MANY or more has ended less than that
+     * ago. */
     int64_t gather_ms;
 };
 

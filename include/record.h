@@ -1,8 +1,10 @@
 /* record.h - the recorder: log entries and retry attempts go to the store in the background.
  *
  * Two bounded queues and one thread, which writes what has gathered in one transaction. What the store
- * does not take goes to the outbox, and where that fails to standard error. What a full queue drops is counted, and the count is
- * itself logged once there is room: nothing is dropped silently. */
+ * does not take goes to the outbox, and where that fails to standard error. What a full queue drops is
+ * counted, and the count is itself logged once there is room: nothing is dropped silently. A process
+ * that is killed takes with it what it logged in its last tenth of a second, but no usage: that is
+ * settled before the answer. */
 #ifndef EXTRACT_RECORD_H
 #define EXTRACT_RECORD_H
 

@@ -90,6 +90,7 @@ class Load:
         self.stop, self.go = threading.Event(), threading.Event()
         self.go.set()
         self.lock = threading.Lock()
+        self.under_way, self.ended = 0, threading.Condition(self.lock)
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.strange: list[str] = []
         self.clicks: dict[str, list[str]] = {company: [] for company in COMPANIES}
@@ -99,7 +100,9 @@ class Load:
             thread.start()
 
     def pause(self) -> None:
-        self.go.clear()
+        with self.lock:
+            self.go.clear()
+            assert self.ended.wait_for(lambda: self.under_way == 0, 120), "a client waits for ever"
         self.rig.is_quiet()
 
     def end(self) -> None:
@@ -112,10 +115,18 @@ class Load:
     def _client(self, chance: random.Random) -> None:
         while not self.stop.is_set():
             self.go.wait()
+            with self.lock:
+                if not self.go.is_set():
+                    continue
+                self.under_way += 1
             try:
                 self._one(chance, chance.random())
             except Exception as error:  # noqa: BLE001: what a client may not meet is a finding
                 self.strange.append(repr(error))
+            finally:
+                with self.lock:
+                    self.under_way -= 1
+                    self.ended.notify_all()
             time.sleep(chance.random() * self.pause_between)
 
     def _one(self, chance: random.Random, kind: float) -> None:
@@ -262,7 +273,7 @@ class Faults:
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """What is the process's alone, in bytes: but for uploads; and of uploads, which alone are left out of a core dump (dd)."""
+    """What is the process's alone, in bytes: but for uploads; and of uploads, which are left out of a core dump (dd)."""
     of_uploads = {False: 0, True: 0}
     size = 0
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():

@@ -440,6 +440,26 @@ static void test_many_wait_for_more(void **state)
     free(c);
 }
 
+/* The deadline of one that leads is also its own. */
+static void test_none_waits_beyond_its_deadline(void **state)
+{
+    struct far_end f;
+    struct caller *c = calloc(1, sizeof *c);
+    (void)state;
+
+    far_end_init(&f, -1);
+    struct batch *batch = new_gathering_batch(1, &f);
+    *c = (struct caller){.batch = batch, .count = BATCH_MANY, .deadline_ms = NEVER};
+    call(c);
+    c->count = 1;
+    c->deadline_ms = clock_monotonic_ms() + 2;
+    call(c);
+    assert_int_equal(c->code, ERR_NONE);
+    assert_int_equal(f.runs, 2);
+    batch_free(batch);
+    free(c);
+}
+
 static void test_few_do_not_wait(void **state)
 {
     struct far_end f;
@@ -618,6 +638,7 @@ int main(void)
         cmocka_unit_test(test_none_begins_beside_one_that_is_quick),
         cmocka_unit_test(test_one_that_is_held_up_holds_up_nobody),
         cmocka_unit_test(test_many_wait_for_more),
+        cmocka_unit_test(test_none_waits_beyond_its_deadline),
         cmocka_unit_test(test_few_do_not_wait),
         cmocka_unit_test(test_nothing_left_after_gathering),
         cmocka_unit_test(test_one_fails_alone),

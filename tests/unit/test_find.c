@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include <cmocka.h>
 
@@ -21,19 +22,29 @@ static const char *plainly(const char *data, size_t len, const char *what, size_
     return NULL;
 }
 
-/* At every place in data of every length, with room for nothing behind it, so that a sanitizer sees who
- * reads on. */
+/* The end of a page behind which nobody may read. */
+static char *page_end(void)
+{
+    enum { PAGE = 4096 };
+    char *pages = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    assert_true(pages != MAP_FAILED);
+    assert_int_equal(mprotect(pages + PAGE, PAGE, PROT_NONE), 0);
+    return pages + PAGE;
+}
+
+/* At every place in data of every length, with nothing behind it. */
 static void test_every_place(void **state)
 {
     static const char *const whats[] = {"x", "xy", "/Type",
                                         "\r\n--a boundary of forty bytes or so -----"};
+    char *const end = page_end();
     (void)state;
 
     for (size_t w = 0; w < COUNT(whats); w++) {
         size_t n = strlen(whats[w]);
         for (size_t len = 0; len <= 200; len++) {
-            char *data = malloc(len > 0 ? len : 1);
-            assert_non_null(data);
+            char *data = end - len;
             memset(data, '.', len);
             assert_null(find_bytes(data, len, whats[w], n));
             for (size_t at = 0; at + n <= len; at++) {
@@ -42,7 +53,6 @@ static void test_every_place(void **state)
                 assert_ptr_equal(find_bytes(data, len, whats[w], n), data + at);
                 assert_null(find_bytes(data, at + n - 1, whats[w], n));
             }
-            free(data);
         }
     }
 }

@@ -141,7 +141,8 @@ static enum err_code open_pattern(struct upload *upload, int64_t size, char *sta
 
 static void test_stdin(void **state)
 {
-    static const int64_t sizes[] = {1, 4095, 4096, 4097, MB - 1, MB, MB + 1, LARGEST, LARGEST + 1};
+    static const int64_t sizes[] = {1,      4095,   4096,       4097,   MB - 1,  MB,
+                                    MB + 1, 2 * MB, 2 * MB + 1, 5 * MB, LARGEST, LARGEST + 1};
     int files = open_files();
     (void)state;
 
@@ -203,6 +204,7 @@ static void test_where_the_spool_is(void **state)
     assert_int_equal(open_pattern(&upload, LARGEST, nowhere), ERR_NONE);
     upload_close(&upload);
     assert_int_equal(open_pattern(&upload, LARGEST + 1, nowhere), ERR_STORAGE_FULL);
+    assert_int_equal(upload.len, 0);
     upload_close(&upload);
 }
 
@@ -236,6 +238,12 @@ static void test_memory(void **state)
     for (size_t i = 0; i < AT_ONCE; i++)
         kept += is_mapped(maps[i]);
     assert_in_range(kept, 1, KEPT);
+
+    /* What nobody asks for any more does not take the place of what comes every day. */
+    assert_int_equal(open_pattern(&other, 200000, nowhere), ERR_NONE);
+    void *map = other.map;
+    upload_close(&other);
+    assert_true(is_mapped(map));
 }
 
 static void test_stdin_refused(void **state)

@@ -237,13 +237,16 @@ static void test_memory(void **state)
         upload_close(&uploads[i]);
     for (size_t i = 0; i < AT_ONCE; i++)
         kept += is_mapped(maps[i]);
-    assert_in_range(kept, 1, KEPT);
+    assert_int_equal(kept, KEPT);
+    assert_true(is_mapped(maps[AT_ONCE - 1])); /* those given back last */
 
     /* What nobody asks for any more does not take the place of what comes every day. */
     assert_int_equal(open_pattern(&other, 200000, nowhere), ERR_NONE);
     void *map = other.map;
     upload_close(&other);
     assert_true(is_mapped(map));
+    assert_true(is_mapped(maps[AT_ONCE - 1]));
+    assert_false(is_mapped(maps[AT_ONCE - KEPT]));
 }
 
 static void test_stdin_refused(void **state)

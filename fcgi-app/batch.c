@@ -191,7 +191,7 @@ static void gather(struct batch *b, const struct waiter *self, int64_t deadline_
 {
     int64_t now = clock_monotonic_ms(), until = now + b->times.gather_ms;
 
-    if (b->carried < BATCH_MANY || now - b->ended_ms >= b->times.gather_ms)
+    if (b->carried < BATCH_MANY || now - b->ended_ms >= b->times.lately_ms)
         return;
     if (until > deadline_ms)
         until = deadline_ms;

@@ -30,6 +30,8 @@
  * three times the processor time of one at a time. So another begins only where the last one seems to be
  * held up, by somebody's lock or a server that is far away. */
 #define LEADER_PATIENCE_MS 50
+/* Who comes in such a while after many may be one of many. */
+#define LATELY_MS 50
 
 static const struct store_driver *const drivers[] = {
     [DRIVER_SQLITE] = &store_sqlite,
@@ -123,7 +125,8 @@ static void run_lane(void *context, void **items, size_t count)
 static bool open_lane(struct lane *lane, struct store *store)
 {
     const struct batch_times times = {.patience_ms = LEADER_PATIENCE_MS,
-                                      .gather_ms = store->driver->gather_ms};
+                                      .gather_ms = store->driver->gather_ms,
+                                      .lately_ms = LATELY_MS};
 
     lane->store = store;
     lane->batch = batch_new(store->driver->leaders(store->self), times, run_lane, lane);

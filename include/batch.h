@@ -22,9 +22,9 @@ struct batch_times {
     /* How long the run begun last must have been under way, for another to begin beside it; 0: none
      * waits for that. */
     int64_t patience_ms;
-    /* How long a run waits for more, if one that carried BATCH_MANY or more has ended less than that
-     * ago. */
-    int64_t gather_ms;
+    /* How long a run waits for more, if the last one carried BATCH_MANY or more and ended less than
+     * lately_ms ago. */
+    int64_t gather_ms, lately_ms;
 };
 
 struct batch;

@@ -1383,7 +1383,7 @@ BEGIN
     INSERT INTO @id (TokenID)
     SELECT DISTINCT t.TokenID
     FROM @item i
-    JOIN dbo.TokenMaster t ON t.CompanyID = i.CompanyID
+    JOIN dbo.TokenMaster t WITH (INDEX (IX_TokenMaster_CompanyID_Status), FORCESEEK) ON t.CompanyID = i.CompanyID
     WHERE i.Problem IS NULL
     INSERT INTO @id (TokenID)
     SELECT DISTINCT i.PreviousID
@@ -1432,7 +1432,10 @@ BEGIN
                 BEGIN
                     UPDATE s SET ReservedTokens = s.ReservedTokens FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK) WHERE s.TokenID = @t
                     IF @@ROWCOUNT = 0
+                    BEGIN
                         EXEC dbo.usp_EnsureSummary @TokenID = @t
+                        UPDATE s SET ReservedTokens = s.ReservedTokens FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK) WHERE s.TokenID = @t
+                    END
                 END
             END
 
@@ -1448,7 +1451,7 @@ BEGIN
                    CASE WHEN t.CooldownUntil > @now THEN DATEDIFF_BIG(MILLISECOND, @now, t.CooldownUntil) ELSE 0 END,
                    t.CreatedAt
             FROM @id d
-            JOIN dbo.TokenMaster t ON t.TokenID = d.TokenID
+            JOIN dbo.TokenMaster t WITH (FORCESEEK) ON t.TokenID = d.TokenID
             LEFT JOIN dbo.TokenUsageSummary s WITH (FORCESEEK) ON s.TokenID = t.TokenID
             IF EXISTS (SELECT 1 FROM @token WHERE HasSummary = 0)
                 UPDATE k
@@ -1717,6 +1720,7 @@ BEGIN
                     FROM @item
                     WHERE IsNew = 1
                     ORDER BY i
+                    OPTION (LOOP JOIN) -- for the foreign keys: no look at tokens that are not in question
 
                 -- 4. IdempotencyKeys, in the order of their key. Of two sessions that want the same, the second gets a
                 -- duplicate key, starts again, and finds the first.
@@ -1822,6 +1826,7 @@ BEGIN
         ExpiresMs      BIGINT NULL,
         Choice         BIGINT NULL,
         IdempotencyKey NVARCHAR(4000) COLLATE Latin1_General_BIN2 NULL,
+        TakesKey       INT NOT NULL,
         Host           NVARCHAR(4000) NULL,
         ProcessID      BIGINT NULL,
         TokenID        BIGINT NULL, -- NULL: none yet
@@ -1829,10 +1834,13 @@ BEGIN
         Stored         NVARCHAR(256) COLLATE Latin1_General_CI_AS NULL,
         Limit          BIGINT NULL
     )
-    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @is_ordinary INT, @with_keys INT, @asked BIGINT, @t BIGINT, @next BIGINT, @estimate BIGINT, @limit BIGINT
+    DECLARE @id TABLE (TokenID BIGINT NOT NULL)
+    DECLARE @now DATETIME2(3) = SYSUTCDATETIME(), @is_ordinary INT, @keys INT, @asked BIGINT, @t BIGINT, @next BIGINT, @estimate BIGINT, @limit BIGINT
+    DECLARE @i INT, @key_company NVARCHAR(256), @idempotency NVARCHAR(128), @request NVARCHAR(64)
+    DECLARE @most BIGINT = 9223372036854775807
 
     -- LEN forgets trailing spaces, hence the dot.
-    INSERT INTO @item (i, IsOrdinary, RequestID, Sequence, CompanyID, Branch, RequestedBy, Estimate, ExpiresMs, Choice, IdempotencyKey, Host, ProcessID)
+    INSERT INTO @item (i, IsOrdinary, RequestID, Sequence, CompanyID, Branch, RequestedBy, Estimate, ExpiresMs, Choice, IdempotencyKey, TakesKey, Host, ProcessID)
     SELECT j.i,
            CASE WHEN LEN(j.requestId + N'.') BETWEEN 2 AND 65 AND j.sequence BETWEEN 1 AND 2147483647 AND LEN(j.companyId + N'.') BETWEEN 2 AND 257
                      AND ISNULL(LEN(j.branch + N'.'), 0) <= 257 AND ISNULL(LEN(j.requestedBy + N'.'), 0) <= 257
@@ -1841,21 +1849,29 @@ BEGIN
                      AND j.previousTokenId = 0 AND j.fault = N'none' AND j.cooldownMs = 0 AND j.fallbackOnly = 0
                      AND ISNULL(j.excluded, N'[]') NOT LIKE N'%{%' THEN 1
                 ELSE 0 END,
-           j.requestId, j.sequence, j.companyId, j.branch, j.requestedBy, j.estimate, j.expiresMs, j.choice, j.idempotencyKey, j.host, j.processId
+           j.requestId, j.sequence, j.companyId, j.branch, j.requestedBy, j.estimate, j.expiresMs, j.choice, j.idempotencyKey,
+           CASE WHEN j.idempotencyKey IS NULL THEN 0 ELSE 1 END, j.host, j.processId
     FROM OPENJSON(@Items) WITH (
         i INT, requestId NVARCHAR(4000) '$.requestId', sequence BIGINT, companyId NVARCHAR(4000) '$.companyId', branch NVARCHAR(4000),
         requestedBy NVARCHAR(4000) '$.requestedBy', estimate BIGINT, expiresMs BIGINT '$.expiresMs', choice BIGINT,
         previousTokenId BIGINT '$.previousTokenId', fault NVARCHAR(20), cooldownMs BIGINT '$.cooldownMs',
         fallbackOnly INT '$.fallbackOnly', idempotencyKey NVARCHAR(4000) '$.idempotencyKey', host NVARCHAR(4000),
         processId BIGINT '$.processId', excluded NVARCHAR(MAX) AS JSON) j
-    SELECT @is_ordinary = ISNULL(MIN(IsOrdinary), 0), @asked = SUM(Estimate), @with_keys = SUM(CASE WHEN IdempotencyKey IS NULL THEN 0 ELSE 1 END) FROM @item
+    SELECT @is_ordinary = ISNULL(MIN(IsOrdinary), 0), @asked = SUM(CASE WHEN IsOrdinary = 1 THEN Estimate ELSE 0 END), @keys = SUM(TakesKey) FROM @item
+    IF @@TRANCOUNT > 0
+        SET @is_ordinary = 0 -- to go back from here would take back the caller's transaction
 
-    -- A token for each, by the company's index alone, and never holding a lock of it. Fit: 0 usable; 1 not now, or never;
-    -- 2 for the other procedure to look at (a key that was pasted by hand, no Summary row, too little room for all).
+    -- A token for each. Fit: 0 usable; 1 not now, or never; 2 for the other procedure to look at (a key that was pasted by
+    -- hand, no Summary row, too little room for all).
     IF @is_ordinary = 1
     BEGIN
+        -- Whose tokens are in question: by the index alone, and never holding a lock of it.
+        INSERT INTO @id (TokenID)
+        SELECT t.TokenID
+        FROM (SELECT DISTINCT CompanyID FROM @item) c
+        JOIN dbo.TokenMaster t WITH (INDEX (IX_TokenMaster_CompanyID_Status), FORCESEEK) ON t.CompanyID = c.CompanyID
         UPDATE i
-        SET TokenID = k.TokenID, ApiKey = k.ApiKey, Stored = k.CompanyID, Limit = k.Limit
+        SET TokenID = k.TokenID, ApiKey = k.ApiKey, Stored = k.CompanyID, Limit = ISNULL(k.Limit, @most)
         FROM @item i
         JOIN (SELECT q.TokenID, q.CompanyID, q.Folded, q.ApiKey, q.Limit, q.Fit, MAX(q.Fit) OVER (PARTITION BY q.Folded) AS WorstFit,
                      ROW_NUMBER() OVER (PARTITION BY q.Folded, q.Fit ORDER BY q.TokenID) - 1 AS Nth,
@@ -1870,23 +1886,14 @@ BEGIN
                                 WHEN s.TotalUsedTokens >= t.TotalTokenLimit OR t.CooldownUntil > @now THEN 1
                                 WHEN s.TotalUsedTokens + s.ReservedTokens + @asked > t.TotalTokenLimit THEN 2
                                 ELSE 0 END AS Fit
-                    FROM (SELECT DISTINCT CompanyID FROM @item) c
-                    JOIN dbo.TokenMaster t ON t.CompanyID = c.CompanyID
+                    FROM @id d
+                    JOIN dbo.TokenMaster t WITH (FORCESEEK) ON t.TokenID = d.TokenID
                     LEFT JOIN dbo.TokenUsageSummary s WITH (FORCESEEK) ON s.TokenID = t.TokenID) q) k
             ON k.Folded = UPPER(i.CompanyID) COLLATE Latin1_General_BIN2 AND k.Nth = i.Choice % k.Alike
         WHERE k.Fit = 0 AND k.WorstFit < 2
-          -- A count, which is looked for once for each: a join might read all of the table.
-          AND (SELECT COUNT(*) FROM dbo.TokenReservations r WITH (FORCESEEK) WHERE r.RequestID = i.RequestID AND r.Sequence = i.Sequence) = 0
           -- An idempotency key goes by the newest token's spelling of the company: here it must be that of all.
-          AND (i.IdempotencyKey IS NULL
-               OR (k.FirstSpelling = k.LastSpelling
-                   AND (SELECT COUNT(*) FROM dbo.IdempotencyKeys u WITH (FORCESEEK)
-                        WHERE u.CompanyID = k.CompanyID AND u.IdempotencyKey = i.IdempotencyKey) = 0))
-        -- None for somebody, or the acquire or its key came before; or one comes twice.
+          AND (i.TakesKey = 0 OR k.FirstSpelling = k.LastSpelling)
         IF EXISTS (SELECT 1 FROM @item WHERE TokenID IS NULL)
-           OR EXISTS (SELECT 1 FROM @item GROUP BY RequestID, Sequence HAVING COUNT(*) > 1)
-           OR (@with_keys > 0
-               AND EXISTS (SELECT 1 FROM @item WHERE IdempotencyKey IS NOT NULL GROUP BY Stored, IdempotencyKey HAVING COUNT(*) > 1))
             SET @is_ordinary = 0
     END
     IF @is_ordinary = 1
@@ -1909,8 +1916,7 @@ BEGIN
                 UPDATE s
                 SET ReservedTokens = ReservedTokens + @estimate
                 FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK)
-                WHERE s.TokenID = @t
-                  AND (@limit IS NULL OR (TotalUsedTokens < @limit AND TotalUsedTokens + ReservedTokens + @estimate <= @limit))
+                WHERE s.TokenID = @t AND TotalUsedTokens < @limit AND TotalUsedTokens + ReservedTokens + @estimate <= @limit
                 IF @@ROWCOUNT = 0
                 BEGIN
                     SET @is_ordinary = 0
@@ -1926,12 +1932,19 @@ BEGIN
                        DATEADD(MILLISECOND, CAST(ExpiresMs % 1000 AS INT), DATEADD(SECOND, CAST(ExpiresMs / 1000 AS INT), @now))
                 FROM @item
                 ORDER BY i
-                IF @with_keys > 0
-                    INSERT INTO dbo.IdempotencyKeys (CompanyID, IdempotencyKey, RequestID, State, CreatedAt, ExpiresAt)
-                    SELECT Stored, IdempotencyKey, RequestID, N'in_progress', @now, DATEADD(HOUR, 24, @now)
+                OPTION (LOOP JOIN) -- for the foreign keys: no look at tokens that are not in question
+                -- IdempotencyKeys, one by one in the order of their key.
+                WHILE @keys > 0
+                BEGIN
+                    SELECT TOP (1) @i = i, @request = RequestID, @key_company = Stored, @idempotency = IdempotencyKey
                     FROM @item
-                    WHERE IdempotencyKey IS NOT NULL
+                    WHERE TakesKey = 1
                     ORDER BY Stored, IdempotencyKey
+                    INSERT INTO dbo.IdempotencyKeys (CompanyID, IdempotencyKey, RequestID, State, CreatedAt, ExpiresAt)
+                    VALUES (@key_company, @idempotency, @request, N'in_progress', @now, DATEADD(HOUR, 24, @now))
+                    UPDATE @item SET TakesKey = 2 WHERE i = @i
+                    SET @keys = @keys - 1
+                END
                 COMMIT TRANSACTION
             END
             ELSE
@@ -1940,7 +1953,7 @@ BEGIN
         BEGIN CATCH
             IF @@TRANCOUNT > 0
                 ROLLBACK TRANSACTION;
-            -- A duplicate key: the same acquire or idempotency key was written meanwhile.
+            -- A duplicate key: the same acquire or idempotency key came before, or twice in this batch.
             IF ERROR_NUMBER() NOT IN (2601, 2627)
                 THROW;
             SET @is_ordinary = 0
@@ -2125,7 +2138,10 @@ BEGIN
                     BREAK
                 UPDATE s SET ReservedTokens = s.ReservedTokens FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK) WHERE s.TokenID = @t
                 IF @@ROWCOUNT = 0
+                BEGIN
                     EXEC dbo.usp_EnsureSummary @TokenID = @t
+                    UPDATE s SET ReservedTokens = s.ReservedTokens FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK) WHERE s.TokenID = @t
+                END
                 INSERT INTO @token (TokenID, CompanyID, Folded, Limit)
                 SELECT TokenID, LEFT(CompanyID, 256), UPPER(LEFT(CompanyID, 256)), TotalTokenLimit
                 FROM dbo.TokenMaster
@@ -2413,7 +2429,7 @@ BEGIN
         Idempotency          INT NULL
     )
     DECLARE @now DATETIME2(3), @is_ordinary INT, @keys INT, @t BIGINT, @next BIGINT, @total BIGINT, @open BIGINT, @known INT, @limit BIGINT, @used BIGINT
-    DECLARE @threshold FLOAT, @crossed_at DATETIME2(3), @before INT = 0
+    DECLARE @threshold FLOAT, @crossed_at DATETIME2(3)
     DECLARE @time NVARCHAR(100) = N'[12][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]%'
     DECLARE @most BIGINT = 1000000000000000
 
@@ -2449,16 +2465,8 @@ BEGIN
         releaseSequence BIGINT '$.releaseSequence') j
     SELECT @is_ordinary = ISNULL(MIN(CASE WHEN LoggedAt IS NULL THEN 0 ELSE IsOrdinary END), 0), @keys = MAX(Idempotency) FROM @item
 
-    -- Settled before, in another batch or in this one? (A count, which is looked for once for each: a join might read all
-    -- of the table. That RequestID is not NULL is what the filtered index wants to hear.)
-    IF @is_ordinary = 1
-        SELECT @before = SUM(c.Number)
-        FROM @item i
-        CROSS APPLY (SELECT COUNT(*) AS Number
-                     FROM dbo.TokenUsageLogs u WITH (FORCESEEK)
-                     WHERE u.RequestID = i.RequestID AND u.RequestID IS NOT NULL AND u.TokenID = i.TokenID) c
-    IF @before > 0 OR EXISTS (SELECT 1 FROM @item GROUP BY RequestID, TokenID HAVING COUNT(*) > 1)
-        SET @is_ordinary = 0
+    IF @@TRANCOUNT > 0
+        SET @is_ordinary = 0 -- to go back from here would take back the caller's transaction
     IF @is_ordinary = 1
     BEGIN
         BEGIN TRY
@@ -2474,6 +2482,11 @@ BEGIN
                     BREAK
                 SET @t = @next
                 UPDATE s SET ReservedTokens = s.ReservedTokens FROM dbo.TokenUsageSummary s WITH (INDEX (UX_TokenUsageSummary_TokenID), ROWLOCK) WHERE s.TokenID = @t
+                IF @@ROWCOUNT = 0
+                BEGIN
+                    SET @is_ordinary = 0
+                    BREAK
+                END
                 SET @known = 0
                 SELECT @known = CASE WHEN t.CompanyID IS NULL THEN 0 ELSE 1 END, @limit = t.TotalTokenLimit, @used = s.TotalUsedTokens,
                        @crossed_at = s.ThresholdCrossedAt,
@@ -2492,10 +2505,11 @@ BEGIN
                     SET @is_ordinary = 0
                     BREAK
                 END
+                -- (A sum, which is looked for once for each: a join might read all of the table.)
                 SELECT @open = SUM(c.EstimatedTokens)
                 FROM @item i
                 CROSS APPLY (SELECT ISNULL(SUM(r.EstimatedTokens), 0) AS EstimatedTokens
-                             FROM dbo.TokenReservations r WITH (FORCESEEK)
+                             FROM dbo.TokenReservations r WITH (INDEX (UX_TokenReservations_RequestID_Sequence), FORCESEEK)
                              WHERE r.RequestID = i.RequestID AND r.TokenID = @t AND r.State = N'open' AND r.ClosedAt IS NULL) c
                 WHERE i.TokenID = @t
                 SET @now = SYSUTCDATETIME()
@@ -2521,8 +2535,9 @@ BEGIN
                        i.TextCandidatesTokens, i.TotalTokens, i.RequestCount, i.LoggedAt, i.RequestID, LEFT(t.CompanyID, 256),
                        i.ClientKeyID, i.TokenSource, i.ThoughtsTokens, i.CachedTokens, i.UnknownCalls, i.Model, i.DurationMs, i.TraceID
                 FROM @item i
-                JOIN dbo.TokenMaster t ON t.TokenID = i.TokenID
+                JOIN dbo.TokenMaster t WITH (FORCESEEK) ON t.TokenID = i.TokenID
                 ORDER BY i.TokenID, i.i
+                OPTION (LOOP JOIN) -- for the foreign keys, too: no look at tokens that are not in question
                 IF @keys = 2
                     UPDATE k
                     SET State = N'done'
@@ -2537,7 +2552,7 @@ BEGIN
         BEGIN CATCH
             IF @@TRANCOUNT > 0
                 ROLLBACK TRANSACTION;
-            -- A duplicate key: the same settlement was written meanwhile.
+            -- A duplicate key: the same was settled before, or comes twice in this batch.
             IF ERROR_NUMBER() NOT IN (2601, 2627)
                 THROW;
             SET @is_ordinary = 0

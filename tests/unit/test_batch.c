@@ -151,8 +151,8 @@ static struct batch *new_patient_batch(int leaders, int64_t patience_ms, struct 
 /* Where it gathers it does so until a run is full. */
 static struct batch *new_gathering_batch(int leaders, struct far_end *f)
 {
-    struct batch *batch =
-        batch_new(leaders, (struct batch_times){.gather_ms = AN_HOUR}, run_items, f);
+    struct batch *batch = batch_new(
+        leaders, (struct batch_times){.gather_ms = AN_HOUR, .lately_ms = AN_HOUR}, run_items, f);
     assert_non_null(batch);
     return batch;
 }
@@ -440,6 +440,24 @@ static void test_many_wait_for_more(void **state)
     free(c);
 }
 
+static void test_long_ago_is_over(void **state)
+{
+    struct far_end f;
+    struct caller *c = calloc(1, sizeof *c);
+    (void)state;
+
+    far_end_init(&f, -1);
+    struct batch *batch =
+        batch_new(1, (struct batch_times){.gather_ms = AN_HOUR, .lately_ms = 1}, run_items, &f);
+    *c = (struct caller){.batch = batch, .count = BATCH_MANY, .deadline_ms = NEVER};
+    call(c);
+    clock_sleep_until(clock_monotonic_ms() + 1);
+    call(c); /* at once: nobody else comes */
+    assert_int_equal(f.runs, 2);
+    batch_free(batch);
+    free(c);
+}
+
 /* The deadline of one that leads is also its own. */
 static void test_none_waits_beyond_its_deadline(void **state)
 {
@@ -621,7 +639,7 @@ static void test_stress_with_patience(void **state)
 static void test_stress_while_gathering(void **state)
 {
     (void)state;
-    stress_with((struct batch_times){.patience_ms = 2, .gather_ms = 1});
+    stress_with((struct batch_times){.patience_ms = 2, .gather_ms = 1, .lately_ms = 2});
 }
 
 int main(void)
@@ -638,6 +656,7 @@ int main(void)
         cmocka_unit_test(test_none_begins_beside_one_that_is_quick),
         cmocka_unit_test(test_one_that_is_held_up_holds_up_nobody),
         cmocka_unit_test(test_many_wait_for_more),
+        cmocka_unit_test(test_long_ago_is_over),
         cmocka_unit_test(test_none_waits_beyond_its_deadline),
         cmocka_unit_test(test_few_do_not_wait),
         cmocka_unit_test(test_nothing_left_after_gathering),

@@ -2,6 +2,7 @@
 maintenance, and what the guide for DBAs says to type."""
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 import uuid
@@ -157,4 +158,27 @@ def test_everyday_statements(samples: Connection) -> None:
         "token added", "token key changed", "token limit changed", "token status changed", "client key added", "client key revoked"}
     assert samples.rows("SELECT State FROM dbo.TokenReservations WHERE ReservationID = ?", unsettled["ReservationID"])[0]["State"] != "unsettled"
     assert samples.rows("SELECT TotalTokensUsed FROM dbo.TokenUsageLogs WHERE RequestID = ?", unsettled["RequestID"]) == [{"TotalTokensUsed": 1900}]
+    assert unequal_sums(samples) == 0
+
+
+def test_settled_within_a_transaction(samples: Connection) -> None:
+    """Whoever settles by hand can look at it and take it back, also where a limit is reached."""
+    samples.query("INSERT INTO dbo.TokenMaster (CompanyID, ApiKey, Status, TotalTokenLimit) VALUES (N'Full', N'key-of-full', N'Active', 10)")
+    [token] = samples.rows("SELECT TokenID FROM dbo.TokenMaster WHERE CompanyID = N'Full'")
+    counters = ("inputTokens", "outputTokens", "textPromptTokens", "imagePromptTokens", "textCandidatesTokens", "thoughtsTokens",
+                "cachedTokens")
+    items = json.dumps([{"i": 0, "requestId": "by-hand", "tokenId": token["TokenID"], "companyId": "Full", "tokenSource": "store",
+                         **dict.fromkeys(counters, 0), "totalTokens": 20, "requestCount": 1, "unknownCalls": 0,
+                         "loggedAt": "2026-01-02T03:04:05.678"}])
+    rows = "SELECT TotalTokensUsed AS n FROM dbo.TokenUsageLogs WHERE RequestID = N'by-hand'"
+    status = "SELECT Status FROM dbo.TokenMaster WHERE CompanyID = N'Full'"
+    samples.query("BEGIN TRANSACTION")
+    samples.query(f"EXEC dbo.usp_SettleUsage @Items = N'{items}'")
+    assert samples.rows("SELECT @@TRANCOUNT AS n") == [{"n": 1}]
+    assert (samples.rows(rows), samples.rows(status)) == ([{"n": 20}], [{"Status": "Exceeded"}])
+    samples.query("ROLLBACK TRANSACTION")
+    assert (samples.rows(rows), samples.rows(status)) == ([], [{"Status": "Active"}])
+    samples.query(f"EXEC dbo.usp_SettleUsage @Items = N'{items}'")
+    samples.query(f"EXEC dbo.usp_SettleUsage @Items = N'{items}'")
+    assert samples.rows(rows) == [{"n": 20}]
     assert unequal_sums(samples) == 0

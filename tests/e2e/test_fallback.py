@@ -60,6 +60,11 @@ def drained(stack: Stack) -> None:
     assert outbox(stack) == []
 
 
+def drain(stack: Stack) -> None:
+    """By the command, which says so while the service is at it already."""
+    eventually(lambda: stack.ctl("outbox", "drain", check=False).returncode == 0, "the outbox is empty")
+
+
 def keys(emulator: Emulator) -> list[str]:
     return [call["key"] for call in emulator.log()]
 
@@ -95,8 +100,7 @@ def test_served_without_the_store(fallback: Callable[..., Stack], emulator: Emul
     # with the store back, the company's token serves
     assert stack.post(pdf).status == 200
     assert keys(emulator) == [KEY, "key-of-the-company"]
-    # of the service and this command, one may be replaying log entries already
-    eventually(lambda: stack.ctl("outbox", "drain", check=False).returncode == 0, "the outbox is empty")
+    drain(stack)
     assert len(of(stack, "TokenUsageLogs", answer)) == 1
     stack.balanced()
 
@@ -148,7 +152,7 @@ def test_failures_of_the_fallback_key(fallback: Callable[..., Stack], emulator: 
         answer = stack.post(pdf)
         refused(answer, code, spent=spent)
     assert keys(emulator) == [KEY] * calls
-    stack.ctl("outbox", "drain")
+    drain(stack)
     drained(stack)
     [row] = of(stack, "TokenReservations", answer)
     assert (row["State"], row["UnknownCalls"], row["TokenID"]) == (state, unknown, None)
@@ -163,7 +167,7 @@ def test_fallback_key_waits_for_a_hint(fallback: Callable[..., Stack], emulator:
     with stack.store_away():
         answer = stack.post(pdf)
         assert answer.json()["attempts"] == 3
-    stack.ctl("outbox", "drain")
+    drain(stack)
     drained(stack)
     [row] = of(stack, "TokenUsageLogs", answer)
     assert (row["RequestCount"], row["TotalTokensUsed"]) == (2, answer.json()["usage"]["total_tokens"])
@@ -384,7 +388,7 @@ def test_outage_in_mid_request(fallback: Callable[..., Stack], emulator: Emulato
         answer = post.result()
     assert answer.status == 200 and answer.json()["attempts"] == 2
     assert keys(emulator) == ["key-1", KEY]
-    stack.ctl("outbox", "drain")
+    drain(stack)
     drained(stack)
     assert [(row["TokenID"], row["TokenSource"]) for row in of(stack, "TokenUsageLogs", answer)] == [(None, "fallback")]
     assert sorted((row["TokenID"] or 0, row["State"]) for row in of(stack, "TokenReservations", answer)) == [

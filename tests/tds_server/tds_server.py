@@ -261,7 +261,8 @@ def to_sqlite(sql: str) -> str:
 
 
 def without_comments(sql: str) -> str:
-    return re.sub(r"/\*.*?\*/|--[^\n]*", " ", sql, flags=re.S).strip()
+    """What looks like one within a literal is none."""
+    return re.sub(r"('(?:[^']|'')*')|/\*.*?\*/|--[^\n]*", lambda m: m[1] or " ", sql, flags=re.S).strip()
 
 
 def lock_arguments(sql: str, at: int) -> dict[str, str]:

@@ -265,6 +265,11 @@ def test_calls_in_batches(sa: Connection) -> None:
         assert refused.value.number == number
 
 
+def test_comments(sa: Connection) -> None:
+    """Keys are random, and may hold what looks like one."""
+    assert sa.rows("SELECT /* none */ 'K--x''/*y*/' AS a, ? AS b -- nor this", "--'z") == [{"a": "K--x'/*y*/", "b": "--'z"}]
+
+
 def test_scripts_to_their_end(server: TdsServer, sa: Connection, tmp_path: Path) -> None:
     """--keep-going: an error ends its batch only."""
     script = tmp_path / "script.sql"

@@ -811,5 +811,6 @@ def refused(answer: Answer, code: str, *, spent: bool = False, retry_after: int 
     seconds = answer.headers["Retry-After"]
     assert (seconds is not None) == with_retry_after, seconds
     assert seconds is None or int(seconds) > 0
-    assert retry_after is None or int(seconds) == retry_after, seconds
+    # on a live server, which may be slow, so much of it may have gone by while it was asked
+    assert retry_after is None or retry_after - (5 if IS_LIVE else 0) <= int(seconds) <= retry_after, seconds
     return problem

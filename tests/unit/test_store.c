@@ -4245,7 +4245,7 @@ static void a_setup_that_failed_notes_no_version(void **state)
             fail_msg("a version was noted in spite of: %s", breakages[i].new);
     }
     run_broken_setup("", "");
-    expect("5|1", "SELECT Version, Major FROM SchemaVersion");
+    expect("6|1", "SELECT Version, Major FROM SchemaVersion");
     /* of an older schema all is replaced, or it stays the older one */
     sql("UPDATE SchemaVersion SET Version = 1");
     run_broken_setup("CREATE VIEW dbo.vw_FailedRetries AS", "CREATE VIEW dbo.vw_FailedRetries SA");
@@ -4255,7 +4255,7 @@ static void a_setup_that_failed_notes_no_version(void **state)
         fail_msg("%s", err.message);
     driver->close(store);
     store = NULL;
-    expect("5|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
+    expect("6|0", "SELECT Version, (SELECT COUNT(*) FROM vw_FailedRetries) FROM SchemaVersion");
 }
 
 /* ---- tests/tds_server only: faults ---- */

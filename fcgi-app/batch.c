@@ -185,8 +185,9 @@ static struct waiter *pass_on(struct batch *b, struct waiter *from)
 
 /* ---- leading ---- */
 
-/* Where many came together just now, more are on their way: waits for them, up to the deadline, until a run
- * is full, or until another leader has taken what is self's. Holds the lock at the beginning and at the end. */
+/* Where many came together just now, more are on their way: waits for them, up to the deadline, until a
+ * run is full, or until another leader has taken what is self's. Holds the lock at the beginning and at
+ * the end. */
 static void gather(struct batch *b, const struct waiter *self, int64_t deadline_ms)
 {
     int64_t now = clock_monotonic_ms(), until = now + b->times.gather_ms;

@@ -186,7 +186,7 @@ def test_backoff_grows_without_jitter(make_stack: MakeStack, emulator: Emulator,
     assert delays == [20, 60, 100, 100, 0]
     calls = emulator.log()
     for delay, call, following in zip(delays, calls, calls[1:]):
-        assert following["time"] - call["ended"] >= delay / 1000 - 0.010  # never sooner
+        assert following["time"] - call["time"] >= delay / 1000  # never sooner ("ended" is noted after the answer is away)
 
 
 def test_no_retries(make_stack: MakeStack, emulator: Emulator, pdf: bytes) -> None:
@@ -430,7 +430,7 @@ def test_waits_for_a_short_hint(stack: Stack, emulator: Emulator, company: str, 
     assert row["DelayMs"] in range(0 if IS_LIVE else 51, 58)  # 0 to 10 % more, less what a slow server's own calls take
     assert cooldown_ms(token_row(stack, tokens.id)) == 51
     first, second = emulator.log()
-    assert second["time"] - first["ended"] >= 0.045
+    assert second["time"] - first["time"] >= 0.050
     assert reservations(stack, answer)[0] == (tokens.id, "released", 0)
     assert reservations(stack, answer)[-1] == (tokens.id, "settled", 0)
 
